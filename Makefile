@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+RUN := $(PY) -m torch_ext run
+MACHINERY := torch_ext benchmarks test setup.py
+TYPED := $(PY) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abspath .mypy_cache)
+
+.PHONY: demo test test-slow lint types test-graft test-tree clean
+
+demo: $(VENV)/installed
+	$(PY) -m torch_ext demo $(ARGS)
+
+test: lint types test-graft test-tree
+
+test-slow: $(VENV)/installed
+	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
+
+lint: $(VENV)/installed
+	$(PY) -m ruff check $(MACHINERY)
+	$(PY) -m ruff format --check $(MACHINERY)
+
+# The new files are checked where they belong: inside a tree, next to the torch modules that they import.
+types: $(VENV)/installed
+	$(TYPED) torch_ext
+	$(RUN) --tree -- sh -c 'cd "$$TORCH_EXT_TREE" && MYPYPATH=. $(TYPED) \
+		$$(cd $(CURDIR)/torch_ext/overlay && find torch -name "*.py")'
+
+test-graft: $(VENV)/installed
+	$(PY) -m pytest $(ARGS)
+
+test-tree: $(VENV)/installed
+	$(RUN) --tree -- $(PY) -m pytest $(ARGS)
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(TORCH)
+	$(PY) -m pip install --quiet --editable ".[test,demo,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_out

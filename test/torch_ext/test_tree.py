@@ -1,0 +1,132 @@
+"""Tree: a copy of torch in which only the patched files are real runs what graft runs, in children too."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from kinds_of_seams import GRAFTED, NAMES
+from processes import python
+from torch.testing._internal.common_utils import run_tests, TestCase
+
+import torch_ext
+from torch_ext import _drift, _graft, _queue
+from torch_ext._tree import cached_tree, make_tree
+from torch_ext._upstream import installed, TREE_RECORD
+
+
+def run(root, code):
+    return python("-c", code, root=root, check=True).stdout
+
+
+class TestTree(TestCase):
+    @pytest.fixture(autouse=True)
+    def _make(self, test_series, tmp_path, monkeypatch):
+        self.series = test_series
+        self.root = tmp_path / "tree"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def test_every_kind_of_seam_in_a_child_of_a_child(self):
+        make_tree(self.root, self.series, installed())
+        code = """
+import torch, sys, subprocess
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector
+m = torch.nn.Linear(1, 1)
+print(m.zero_grad(only="none"))
+print(parameters_to_vector([torch.zeros(1), torch.ones(1)], order=[1, 0]).tolist())
+print(torch.nn.utils.convert_parameters._check_param_device(1, 2))
+print(torch.distributions.Distribution.set_default_validate_args(7, dry_run=True))
+print(torch.nn.Embedding.from_pretrained(None, describe=True))
+print(clip_grad_norm_([], 1.0, measure_only=True))
+print(torch.nn.Identity()(5))
+print("only (str)" in torch.nn.Module.zero_grad.__doc__)
+print(torch.nn.utils._convert.__name__)
+"""
+        child = (
+            f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+        )
+        self.assertExpectedInline(
+            run(self.root, child).strip(),
+            """\
+kept
+[1.0, 0.0]
+replaced
+7
+Embedding
+measured
+5
+True
+torch.nn.utils._convert""",
+        )
+
+    def test_only_patched_and_new_files_are_real(self):
+        make_tree(self.root, self.series, installed())
+        real = {
+            path.relative_to(self.root).as_posix()
+            for folder, _, files in os.walk(self.root)
+            for path in (Path(folder, name) for name in files)
+            if not path.is_symlink()
+        }
+        seams = {seam.file for patch in self.series for seam in _drift.seams_of(patch)}
+        self.assertEqual(real, seams | {"torch/nn/utils/_convert.py", TREE_RECORD})
+
+    def test_graft_and_tree_have_equal_code_objects(self):
+        patches = [p for p in self.series if p.name in GRAFTED]
+        make_tree(self.root, patches, installed())
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(_queue, "series", self.series)
+            with torch_ext.enable(*GRAFTED):
+                count = 0
+                for (file, qualname), grafted in _graft._grafted.items():
+                    path = self.root / file
+                    if path.is_symlink() or qualname == "Identity.forward":
+                        continue
+                    code = compile(
+                        path.read_text(), str(path), "exec", dont_inherit=True
+                    )
+                    self.assertEqual(
+                        grafted.function.__code__, _graft.find_code(code, qualname)
+                    )
+                    count += 1
+        self.assertEqual(count, len(GRAFTED))
+
+    def test_cached_tree_is_made_once_for_one_content(self):
+        first = cached_tree(self.series, installed())
+        self.assertEqual(cached_tree(self.series, installed()), first)
+        self.assertNotEqual(cached_tree(self.series[:1], installed()), first)
+        self.assertEqual(
+            json.loads((first / TREE_RECORD).read_text())["patches"], list(NAMES)
+        )
+
+
+class TestSeriesInTree(TestCase):
+    """The real series: in a tree its patches are on, enabling them changes nothing, and more can be grafted on top."""
+
+    def test_enable_in_a_tree(self):
+        patches = [p for p in torch_ext.series if p.name == "device_context_meta"]
+        root = cached_tree(patches, installed())
+        out = run(
+            root,
+            """
+import torch, torch.utils._device, torch_ext
+f, g = torch.utils._device.DeviceContext.__torch_function__, torch.load
+code = f.__code__, g.__code__
+print(torch_ext.enabled())
+handle = torch_ext.enable()
+print(len(torch_ext.enabled()) == len(torch_ext.series), f.__code__ is code[0], g.__code__ is code[1])
+handle.remove()
+print(torch_ext.enabled(), f.__code__ is code[0], g.__code__ is code[1])
+""",
+        )
+        self.assertExpectedInline(
+            out,
+            """\
+('device_context_meta',)
+True True False
+('device_context_meta',) True True
+""",
+        )
+
+
+if __name__ == "__main__":
+    run_tests()

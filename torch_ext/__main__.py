@@ -1,0 +1,151 @@
+"""The command line, ``python -m torch_ext``: status, run, export, demo."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch_ext._autoload import VARIABLE
+from torch_ext._drift import check, grade, seams_of
+from torch_ext._error import PatchError
+from torch_ext._export import export
+from torch_ext._queue import select
+from torch_ext._series import series
+from torch_ext._tree import cached_tree
+from torch_ext._upstream import installed, tree_patches, Upstream
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except PatchError as e:
+        print(f"torch_ext: {e}", file=sys.stderr)
+        status = 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m torch_ext", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    status = commands.add_parser(
+        "status", help="how each patch fits the installed torch"
+    )
+    status.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="the torch in this folder, such as an unpacked wheel",
+    )
+    status.add_argument(
+        "--markdown", action="store_true", help="print the README's table of patches"
+    )
+    status.set_defaults(run=_status)
+
+    run = commands.add_parser(
+        "run", help="run a command, and its children, with patches enabled"
+    )
+    run.add_argument(
+        "--tree", action="store_true", help="with a patched copy of torch on PYTHONPATH"
+    )
+    run.add_argument(
+        "-p",
+        "--patch",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this patch (default: all)",
+    )
+    run.add_argument(
+        "command",
+        nargs="+",
+        metavar="CMD",
+        help="the command and its arguments, behind --",
+    )
+    run.set_defaults(run=_run)
+
+    mailbox = commands.add_parser(
+        "export",
+        help="write the series as a mailbox for `git am` in a pytorch checkout",
+    )
+    mailbox.add_argument("out", type=Path, metavar="OUT")
+    mailbox.set_defaults(run=_export)
+
+    demo = commands.add_parser(
+        "demo", help="load real models, stock against torch_ext", add_help=False
+    )
+    demo.add_argument("rest", nargs=argparse.REMAINDER)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _status(args: argparse.Namespace) -> int:
+    upstream = Upstream(args.against) if args.against else installed()
+    if args.markdown:
+        print(_table())
+        return 0
+    print(f"torch {upstream.version()}")
+    stale = False
+    width = max(len(patch.name) for patch in series)
+    for patch in series:
+        drift = grade(patch, upstream)
+        is_tree = not args.against and patch.name in tree_patches()
+        print(f"{patch.name:{width}}  {'tree' if is_tree else drift.grade}")
+        for seam in seams_of(patch):
+            found = upstream.source(seam.file).fingerprint(seam.qualname)
+            print(f"    {'stale' if seam in drift.changed else '     '} {found} {seam}")
+        stale |= bool(drift.changed)
+    return int(stale)
+
+
+def _table() -> str:
+    """The series as the README shows it."""
+    rows = ["| patch | what core gets | changes | new files |", "|---|---|---|---|"]
+    for patch in series:
+        changes = ", ".join(
+            f"`{Path(seam.file).stem}.{seam.qualname}`" for seam in seams_of(patch)
+        )
+        files = ", ".join(f"`{file}`" for file in patch.files)
+        rows.append(f"| `{patch.name}` | {patch.summary} | {changes} | {files} |")
+    return "\n".join(rows)
+
+
+def _run(args: argparse.Namespace) -> int:
+    patches = select(*args.patch)
+    check(patches)
+    environ = dict(os.environ)
+    if args.tree:
+        tree = str(cached_tree(patches, installed()))
+        environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [tree, environ.get("PYTHONPATH")])
+        )
+        environ["TORCH_EXT_TREE"] = tree
+    else:
+        environ[VARIABLE] = ",".join(patch.name for patch in patches)
+        environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "1"
+    try:
+        os.execvpe(args.command[0], args.command, environ)
+    except OSError as e:
+        print(f"torch_ext: {args.command[0]}: {e.strerror}", file=sys.stderr)
+        return 127
+
+
+def _export(args: argparse.Namespace) -> int:
+    patches = select()
+    check(patches)
+    export(args.out, patches, installed())
+    print(f"{args.out}: {len(patches)} patches on torch {installed().version()}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from torch_ext import _demo
+
+    return _demo.main(args.rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

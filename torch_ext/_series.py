@@ -1,0 +1,89 @@
+"""The queue: every patch in the order in which it applies, each to be deleted once the minimum torch has it.
+
+An entry tells what the patch is for and which files it brings. Its seams are found by its name below ``seams/``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to PyTorch core.
+
+    Attributes:
+        name: what :func:`torch_ext.enable` takes.
+        subject: first line of the commit message, in core's style.
+        summary: what core gets, in one line, as the README's table shows it.
+        rationale: body of the commit message.
+        files: new files by upstream path; a folder stands for all Python files below it.
+        tests: test files by their path in the repository, which is also their path in pytorch.
+        requires: names of earlier patches that this one builds on.
+        rfc: path of the RFC in the repository.
+        root: the folder with the patch's ``seams/`` and ``overlay/``; tests and RFCs lie beside it.
+    """
+
+    name: str
+    subject: str
+    summary: str
+    rationale: str
+    files: tuple[str, ...]
+    tests: tuple[str, ...]
+    requires: tuple[str, ...] = ()
+    rfc: str = ""
+    root: Path = Path(__file__).parent
+
+
+series: tuple[Patch, ...] = (
+    Patch(
+        name="load_lazy",
+        subject="[serialization] Add torch.load(lazy=True), which reads no tensor data",
+        summary="`torch.load(f, lazy=True)`: what `torch.load(f)` returns, with no tensor data read",
+        rationale="""\
+torch.load reads every byte of a checkpoint; torch.load(mmap=True) does not,
+but spends most of its time in a pure-Python unpickler and in per-tensor
+lookups, and takes a record's size on trust. With lazy=True, the records of a
+local zip file are checked and mapped once, its pickle is read by the C
+unpickler with nothing but inert stand-ins to find, and plain tensors over the
+mapping are built under the allow-list of weights_only.""",
+        files=("torch/_load_lazy",),
+        tests=("test/test_load_lazy.py",),
+    ),
+    Patch(
+        name="to_empty_skip_materialized",
+        subject="[nn] Add Module.to_empty(skip_materialized=True)",
+        summary="`Module.to_empty(skip_materialized=True)`: what is not on meta stays as it is, ties are kept",
+        rationale="""\
+Nested wrappers materialize bottom-up, and a parent's to_empty wipes what a
+child just initialized (#90465, #104187). With skip_materialized=True only
+tensors on meta get memory. They stay the same objects, so ties, hooks and
+optimizers that refer to them stay valid.""",
+        files=("torch/nn/modules/_to_empty.py", "torch/utils/_swap_meta.py"),
+        tests=("test/nn/test_to_empty_skip_materialized.py",),
+    ),
+    Patch(
+        name="load_state_dict_reuse_tensors",
+        subject="[nn] Add Module.load_state_dict(reuse_tensors=True)",
+        summary="`Module.load_state_dict(sd, reuse_tensors=True)`: the copying load, without the copy",
+        rationale="""\
+load_state_dict(assign=True) avoids the copy and loses parameter identity with
+it: ties, optimizers, hooks and attributes. With reuse_tensors=True the module
+is as after the copying load, except that its tensors take over the memory of
+the state dict's where dtype, device and layout agree. A load that raises
+leaves the module as it was.""",
+        files=("torch/nn/modules/_reuse_tensors",),
+        tests=("test/nn/test_reuse_tensors.py",),
+        requires=("to_empty_skip_materialized",),
+    ),
+    Patch(
+        name="device_context_meta",
+        subject="[utils] Let `with torch.device('meta')` override an explicit device",
+        summary='`with torch.device("meta"):` also overrides an explicit `device=`',
+        rationale="""\
+A module constructor that names a device escapes `with torch.device("meta")`
+and allocates and initializes memory that nobody asked for. On meta, and only
+there, the context now overrides an explicit device of factory functions.""",
+        files=("torch/utils/_device_meta.py",),
+        tests=("test/utils/test_device_context_meta.py",),
+    ),
+)

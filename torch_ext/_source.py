@@ -1,0 +1,113 @@
+"""One Python file as text and syntax tree, with what the patch machinery asks of it.
+
+Positions of the syntax tree count UTF-8 bytes within a line; :meth:`Source.offset` turns them into indices of the text,
+so that edits keep every byte around them. Nothing is imported or run.
+"""
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import cached_property
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Source:
+    """Source text of one file."""
+
+    def __init__(self, text: str, name: str = "<source>") -> None:
+        self.text = text
+        self.tree = ast.parse(text, name)
+
+    @cached_property
+    def functions(self) -> dict[str, Function]:
+        """Functions by qualified name; of several definitions (overloads) the last."""
+        return dict(_functions(self.tree))
+
+    @cached_property
+    def _line_starts(self) -> list[int]:
+        return [0, *(m.end() for m in re.finditer("\n", self.text))]
+
+    def offset(self, line: int, column: int = 0) -> int:
+        """Index into ``text`` of a syntax tree position (``line`` counts from 1)."""
+        start = self._line_starts[line - 1]
+        if column == 0:
+            return start
+        end = start + column  # a byte is at most one character
+        return start + len(self.text[start:end].encode()[:column].decode())
+
+    def lines(self, start: int, end: int) -> str:
+        """Text of the lines ``start`` up to, not including, ``end``."""
+        return self.text[self.offset(start) : self.offset(end)]
+
+    def span(self, node: ast.expr) -> tuple[int, int]:
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return (
+            self.offset(node.lineno, node.col_offset),
+            self.offset(node.end_lineno, node.end_col_offset),
+        )
+
+    def import_line(self) -> int:
+        """The line behind the imports that open the file."""
+        line = 1
+        for stmt in self.tree.body:
+            if isinstance(stmt, (ast.Import, ast.ImportFrom)):
+                line = end_line(stmt) + 1
+            elif not (
+                isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Constant)
+            ):
+                break
+        return line
+
+    def fingerprint(self, qualname: str) -> str | None:
+        """Hash of a function without its docstring, the same under every Python release; ``None`` if it is missing."""
+        node = self.functions.get(qualname)
+        if node is None:
+            return None
+        text = _dump(node, node.body[0] if docstring(node) else None)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def docstring(node: Function) -> ast.Constant | None:
+    """The docstring's node."""
+    first = node.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        return first.value if isinstance(first.value.value, str) else None
+    return None
+
+
+def body_line(node: Function) -> int:
+    """The line where a function's body begins, behind its docstring."""
+    first = node.body[0]
+    if docstring(node):
+        return end_line(first) + 1
+    decorators: list[ast.expr] = getattr(first, "decorator_list", [])
+    return min([first.lineno, *(d.lineno for d in decorators)])
+
+
+def end_line(node: ast.stmt) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno
+
+
+def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield prefix + node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from _functions(node, f"{prefix}{node.name}.")
+
+
+def _dump(node: object, leave_out: ast.AST | None) -> str:
+    # NB: ast.dump() prints empty fields under some Python releases and not under others. Leaving them out always
+    # makes one fingerprint serve all.
+    if isinstance(node, ast.AST):
+        fields = ((name, getattr(node, name, None)) for name in node._fields)
+        inner = (f"{k}={_dump(v, leave_out)}" for k, v in fields if v not in (None, []))
+        return f"{type(node).__name__}({','.join(inner)})"
+    if isinstance(node, list):
+        items = (_dump(item, leave_out) for item in node if item is not leave_out)
+        return f"[{','.join(items)}]"
+    return repr(node)
