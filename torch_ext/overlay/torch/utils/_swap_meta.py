@@ -1,0 +1,128 @@
+"""Give a tensor on the meta device real memory while it stays the same Python object.
+
+``param.data = real`` refuses a change of device, and a new Parameter loses whoever
+holds the old one: optimizers, ties, plain references, ``weakref``. Here the object
+keeps its identity, class, ``__dict__`` and slots, and only the ``TensorImpl`` below it
+is exchanged (Note [What lives on the TensorImpl]).
+
+What this does not do: a graph recorded while the tensor was on meta, and a view taken
+of it then, stay on meta; so does a gradient, which is dropped. A tensor that C++ refers
+to weakly is refused by ``torch._C._swap_tensor_impl`` before anything changes.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+
+__all__ = [
+    "USERS_OF_UNSHARED",
+    "has_plain_keys",
+    "meta_ties",
+    "storage_like",
+    "swap_back",
+    "swap_meta",
+    "undisturbed",
+    "users_of",
+]
+
+# Note [What lives on the TensorImpl]
+# The Python object holds the class, __dict__, the dicts of tensor hooks and the
+# weakrefs. The impl holds sizes, storage, requires_grad, .grad, the AccumulateGrad
+# node and a pointer to the dicts of hooks. So after an exchange of impls requires_grad
+# is carried over, and the dicts are announced to the new impl by setting the attribute
+# to itself; the handles that users hold point to the very same dicts and go on working.
+# torch.utils.swap_tensors exchanges both halves, which is why it refuses weakrefs and
+# why hooks stop firing after it.
+
+
+def swap_meta(tensor: Tensor, data: Tensor) -> Tensor:
+    """Let ``tensor``, a leaf on meta, have the memory, sizes and dtype of ``data``.
+
+    Returns:
+        Tensor: what :func:`swap_back` needs to undo this.
+    """
+    new = data.detach()
+    if tensor.requires_grad:
+        new.requires_grad_()
+    swap_back(tensor, new)
+    return new
+
+
+def swap_back(tensor: Tensor, old: Tensor) -> None:
+    """Undo ``old = swap_meta(tensor, ...)``."""
+    torch._C._swap_tensor_impl(tensor, old)
+    if tensor._backward_hooks:
+        tensor._backward_hooks = tensor._backward_hooks
+    if tensor._post_accumulate_grad_hooks:
+        tensor._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No grad mode, inference mode, default device or ``__torch_function__`` interferes."""
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+        yield
+
+
+_plain_keys: set[int] = set()
+
+
+def has_plain_keys(tensor: Tensor) -> bool:
+    """Whether this is strided memory (or meta) as ``torch.empty`` gives it.
+
+    Not so for what is sparse, quantized, lazily conjugated, an inference tensor, or
+    wrapped by a subclass with ``__torch_dispatch__``.
+    """
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    if keys in _plain_keys:
+        return True
+    with undisturbed():
+        plain = torch._C._dispatch_keys(torch.empty(0, device=tensor.device))
+    if plain.raw_repr() == keys:
+        _plain_keys.add(keys)
+    return plain.raw_repr() == keys
+
+
+def users_of(tensor: Tensor) -> int:
+    """How many tensors (and others) hold the storage of ``tensor``; see ``USERS_OF_UNSHARED``."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+USERS_OF_UNSHARED = users_of(torch.empty(1))
+
+
+def meta_ties(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
+    """Find which of ``tensors``, all plain and on meta, are tied by their storage.
+
+    Uninitialized (lazy) ones are tied to none.
+
+    Returns:
+        dict: for the ``id`` of each tensor that shares its storage with others of
+        ``tensors``, the list of all that do.
+    """
+    by_storage: dict[int, dict[int, Tensor]] = {}
+    for tensor in tensors:
+        if not is_lazy(tensor) and users_of(tensor) > USERS_OF_UNSHARED:
+            key = tensor.untyped_storage()._cdata
+            by_storage.setdefault(key, {})[id(tensor)] = tensor
+    ties = (list(group.values()) for group in by_storage.values() if len(group) > 1)
+    return {id(tensor): group for group in ties for tensor in group}
+
+
+def storage_like(group: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Zeros on ``device`` for each of a group of :func:`meta_ties`, tied as they are."""
+    nbytes = group[0].untyped_storage().nbytes()
+    storage = torch.zeros(nbytes, dtype=torch.uint8, device=device).untyped_storage()
+    return [
+        torch.empty(0, dtype=t.dtype, device=device).set_(
+            storage,
+            t.storage_offset(),
+            t.size(),
+            t.stride(),
+        )
+        for t in group
+    ]

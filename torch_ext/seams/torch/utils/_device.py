@@ -1,0 +1,28 @@
+"""Seams of torch/utils/_device.py.
+
+A block is made as its context is, and dropped where that turns out to be a default device: there, in blocks of other
+devices and in contexts that are older than the patch (hence ``getattr``), stock's code alone answers.
+"""
+
+from torch.utils import _device_meta
+
+from torch_ext.seams import seam
+
+
+class DeviceContext:
+    @seam("device_context_meta", base=("7a9bf637db3220cb", "7cefaebd06c10f21"))
+    def __init__(self, device):
+        self.block = _device_meta.block(device)
+        ...
+
+    @seam("device_context_meta", base=("6441b3c5905f7a0a",))
+    def __enter__(self):
+        self.block = None
+        ...
+
+    @seam("device_context_meta", base=("db0aa5703d5a9061",))
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        block = getattr(self, "block", None)
+        if block is not None:
+            return block.call(func, args, kwargs)
+        ...
