@@ -72,7 +72,10 @@ is as after the copying load, except that its tensors take over the memory of
 the state dict's where dtype, device and layout agree. A load that raises
 leaves the module as it was.""",
         files=("torch/nn/modules/_reuse_tensors",),
-        tests=("test/nn/test_reuse_tensors.py",),
+        tests=(
+            "test/nn/test_reuse_tensors.py",
+            "test/nn/test_reuse_tensors_law.py",
+        ),
         requires=("to_empty_skip_materialized",),
     ),
     Patch(
