@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from kinds_of_seams import GRAFTED, NAMES
@@ -13,6 +14,11 @@ import torch_ext
 from torch_ext import _drift, _graft, _queue
 from torch_ext._tree import cached_tree, make_tree
 from torch_ext._upstream import installed, TREE_RECORD
+
+
+def find_stock_code(seam):
+    stock = compile(installed().source(seam.file).text, seam.file, "exec")
+    return _graft.find_code(stock, seam.qualname)
 
 
 def run(root, code):
@@ -70,25 +76,24 @@ torch.nn.utils._convert""",
         seams = {seam.file for patch in self.series for seam in _drift.seams_of(patch)}
         self.assertEqual(real, seams | {"torch/nn/utils/_convert.py", TREE_RECORD})
 
-    def test_graft_and_tree_have_equal_code_objects(self):
-        patches = [p for p in self.series if p.name in GRAFTED]
+    def check_equal_code(self, patches):
         make_tree(self.root, patches, installed())
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(_queue, "series", self.series)
-            with torch_ext.enable(*GRAFTED):
-                count = 0
-                for (file, qualname), grafted in _graft._grafted.items():
-                    path = self.root / file
-                    if path.is_symlink() or qualname == "Identity.forward":
-                        continue
-                    code = compile(
-                        path.read_text(), str(path), "exec", dont_inherit=True
-                    )
-                    self.assertEqual(
-                        grafted.function.__code__, _graft.find_code(code, qualname)
-                    )
-                    count += 1
-        self.assertEqual(count, len(GRAFTED))
+        with (
+            mock.patch.object(_queue, "series", patches),
+            torch_ext.enable(*(patch.name for patch in patches)),
+        ):
+            for seam in (s for patch in patches for s in _drift.seams_of(patch)):
+                path = self.root / seam.file
+                tree = compile(path.read_text(), str(path), "exec", dont_inherit=True)
+                grafted = _graft._grafted[seam.file, seam.qualname].function.__code__
+                self.assertEqual(grafted, _graft.find_code(tree, seam.qualname))
+                self.assertNotEqual(grafted, find_stock_code(seam))
+
+    def test_graft_and_tree_have_equal_code_objects(self):
+        self.check_equal_code([p for p in self.series if p.name in GRAFTED])
+
+    def test_graft_and_tree_of_the_series_have_equal_code_objects(self):
+        self.check_equal_code(_queue.select())
 
     def test_cached_tree_is_made_once_for_one_content(self):
         first = cached_tree(self.series, installed())

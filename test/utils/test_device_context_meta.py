@@ -1,6 +1,7 @@
 # Owner(s): ["module: python frontend"]
 """``with torch.device("meta"):`` overrides the device that a call names; see torch/utils/_device_meta.py."""
 
+import re
 import threading
 
 import numpy as np
@@ -21,10 +22,8 @@ from torch.utils._device import set_device
 X = torch.arange(6.0).reshape(2, 3)
 CSR = ([0, 1], [0], [1.0], (1, 2))
 
-FACTORIES = {
-    "empty": lambda **kw: torch.empty(2, **kw),
-    "empty_permuted": lambda **kw: torch.empty_permuted((2, 3), (1, 0), **kw),
-    "empty_strided": lambda **kw: torch.empty_strided((2, 3), (1, 2), **kw),
+# What the first ones make, their arguments tell.
+CONSTANTS = {
     "zeros": lambda **kw: torch.zeros(2, **kw),
     "ones": lambda **kw: torch.ones(2, **kw),
     "full": lambda **kw: torch.full((2,), 3.0, **kw),
@@ -32,14 +31,7 @@ FACTORIES = {
     "arange": lambda **kw: torch.arange(3, **kw),
     "linspace": lambda **kw: torch.linspace(0, 1, 3, **kw),
     "logspace": lambda **kw: torch.logspace(0, 1, 3, **kw),
-    "rand": lambda **kw: torch.rand(2, **kw),
-    "randn": lambda **kw: torch.randn(2, **kw),
-    "randint": lambda **kw: torch.randint(9, (2,), **kw),
-    "randperm": lambda **kw: torch.randperm(3, **kw),
-    "rand, generator": lambda **kw: torch.rand(2, generator=torch.Generator(), **kw),
-    "normal": lambda **kw: torch.normal(0.0, 1.0, (2,), **kw),
     "tensor": lambda **kw: torch.tensor([1.0, 2.0], **kw),
-    "tensor, requires_grad": lambda **kw: torch.tensor(1.0, requires_grad=True, **kw),
     "as_tensor": lambda **kw: torch.as_tensor(np.ones(2), **kw),
     "as_tensor, of a tensor": lambda **kw: torch.as_tensor(X, **kw),
     "asarray": lambda **kw: torch.asarray([1.0], **kw),
@@ -53,6 +45,18 @@ FACTORIES = {
     "kaiser_window": lambda **kw: torch.kaiser_window(3, **kw),
     "fftfreq": lambda **kw: torch.fft.fftfreq(3, **kw),
     "rfftfreq": lambda **kw: torch.fft.rfftfreq(3, **kw),
+}
+FACTORIES = CONSTANTS | {
+    "empty": lambda **kw: torch.empty(2, **kw),
+    "empty_permuted": lambda **kw: torch.empty_permuted((2, 3), (1, 0), **kw),
+    "empty_strided": lambda **kw: torch.empty_strided((2, 3), (1, 2), **kw),
+    "rand": lambda **kw: torch.rand(2, **kw),
+    "randn": lambda **kw: torch.randn(2, **kw),
+    "randint": lambda **kw: torch.randint(9, (2,), **kw),
+    "randperm": lambda **kw: torch.randperm(3, **kw),
+    "rand, generator": lambda **kw: torch.rand(2, generator=torch.Generator(), **kw),
+    "normal": lambda **kw: torch.normal(0.0, 1.0, (2,), **kw),
+    "tensor, requires_grad": lambda **kw: torch.tensor(1.0, requires_grad=True, **kw),
     "signal.windows.hann": lambda **kw: torch.signal.windows.hann(3, **kw),
     "sparse_coo": lambda **kw: torch.sparse_coo_tensor([[0]], [1.0], (2,), **kw),
     "sparse_csr": lambda **kw: torch.sparse_csr_tensor(*CSR, **kw),
@@ -71,37 +75,17 @@ FACTORIES = {
     "new_tensor": lambda **kw: X.new_tensor([1.0], **kw),
 }
 DEVICES = ["cpu", "cuda", "cuda:1", torch.device("cpu"), torch.device("cuda", 0), 0]
-BY_NAME = [subtest(f, name=n.replace(", ", "_")) for n, f in FACTORIES.items()]
-CONSTANTS = {
-    "zeros",
-    "ones",
-    "full",
-    "eye",
-    "arange",
-    "linspace",
-    "logspace",
-    "tensor",
-    "as_tensor",
-    "as_tensor_of_a_tensor",
-    "asarray",
-    "scalar_tensor",
-    "tril_indices",
-    "triu_indices",
-    "bartlett_window",
-    "blackman_window",
-    "hamming_window",
-    "hann_window",
-    "kaiser_window",
-    "fftfreq",
-    "rfftfreq",
-}
+
+
+def by_name(factories):
+    return [subtest(f, name=re.sub(r"\W+", "_", n)) for n, f in factories.items()]
 
 
 class TestExplicitDevice(TestCase):
     @parametrize(
         "device", [subtest(d, name=f"device{i}") for i, d in enumerate(DEVICES)]
     )
-    @parametrize("factory", BY_NAME)
+    @parametrize("factory", by_name(FACTORIES))
     def test_is_overridden(self, factory, device):
         expected = factory(device="cpu")
         with torch.device("meta"):
@@ -292,7 +276,7 @@ class TestConstants(TestCase):
             actual = read()
         self.assertEqual(actual, expected, rtol=0, atol=0, exact_dtype=True)
 
-    @parametrize("factory", [f for f in BY_NAME if f.name in CONSTANTS])
+    @parametrize("factory", by_name(CONSTANTS))
     def test_every_factory(self, factory):
         self.check(lambda: factory(device="cpu").numpy())
 
