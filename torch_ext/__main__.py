@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch_ext import _demo
 from torch_ext._autoload import VARIABLE
 from torch_ext._drift import check, grade, seams_of
 from torch_ext._error import PatchError
@@ -74,11 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     mailbox.add_argument("out", type=Path, metavar="OUT")
     mailbox.set_defaults(run=_export)
 
-    demo = commands.add_parser(
-        "demo", help="load real models, stock against torch_ext", add_help=False
-    )
-    demo.add_argument("rest", nargs=argparse.REMAINDER)
-    demo.set_defaults(run=_demo)
+    demo = commands.add_parser("demo", help="load real models, stock against torch_ext")
+    _demo.add_arguments(demo)
+    demo.set_defaults(run=_demo.run)
     return parser
 
 
@@ -139,12 +138,6 @@ def _export(args: argparse.Namespace) -> int:
     export(args.out, patches, installed())
     print(f"{args.out}: {len(patches)} patches on torch {installed().version()}")
     return 0
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from torch_ext import _demo
-
-    return _demo.main(args.rest)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.utils._device import set_device
 X = torch.arange(6.0).reshape(2, 3)
 CSR = ([0, 1], [0], [1.0], (1, 2))
 
-# What the first ones make, their arguments tell.
+# Their arguments tell the values.
 CONSTANTS = {
     "zeros": lambda **kw: torch.zeros(2, **kw),
     "ones": lambda **kw: torch.ones(2, **kw),

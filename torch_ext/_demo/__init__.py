@@ -8,16 +8,32 @@ memory over time. Linux only: memory is read from ``/proc``.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 
 MODELS = {"real": "real_model", "llama": "llama"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`run` is told on the command line."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo_out"),
+        metavar="DIR",
+        help="folder for the picture (default: ./demo_out)",
+    )
+    parser.add_argument("--only", choices=MODELS, help="one model instead of both")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round instead of three"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the checkpoint files in DIR"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
-    args = _parser().parse_args(argv)
     if not sys.platform.startswith("linux"):
         print(
             f"Expected Linux, whose /proc tells memory, got {sys.platform}.",
@@ -37,25 +53,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     names = [MODELS[args.only]] if args.only else list(MODELS.values())
     return tour(names, args.out, rounds=1 if args.quick else 3, keep=args.keep)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m torch_ext demo",
-        description="Load real models, stock PyTorch against torch_ext.",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo_out"),
-        metavar="DIR",
-        help="folder for the picture (default: ./demo_out)",
-    )
-    parser.add_argument("--only", choices=MODELS, help="one model instead of both")
-    parser.add_argument(
-        "--quick", action="store_true", help="one round instead of three"
-    )
-    parser.add_argument(
-        "--keep", action="store_true", help="keep the checkpoint files in DIR"
-    )
-    return parser

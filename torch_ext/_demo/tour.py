@@ -2,6 +2,7 @@
 
 import importlib
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from torch_ext._demo.measure import ChildFailed, run, Runs, VARIANTS
 from torch_ext._demo.picture import draw
-from torch_ext._demo.report import gain, table
+from torch_ext._demo.report import gain, seconds, table
+
+
+_ENOUGH = 100.0  # seconds: no round begins that would end later
 
 
 def tour(names: Sequence[str], out: Path, *, rounds: int, keep: bool) -> int:
@@ -48,11 +52,16 @@ def _measure(name: str, model: Any, path: Path, rounds: int, console: Console) -
     note = model.write_checkpoint(path, console)
     console.print(f"{note}: {path.stat().st_size / (1 << 20):,.0f} MiB in {path.name}")
     runs: Runs = {variant: [] for variant in VARIANTS}
+    begin = time.monotonic()
     for i in range(rounds):
+        elapsed = time.monotonic() - begin
+        if i and elapsed * (i + 1) / i > _ENOUGH:
+            console.print(f"no further round, as these took {elapsed:.0f} s")
+            break
         for variant in VARIANTS[:: -1 if i % 2 else 1]:
             with console.status(f"round {i + 1} of {rounds}: {variant}"):
                 runs[variant].append(run(name, variant, path))
-        loads = (f"{v} {runs[v][-1].seconds('load'):.3f} s" for v in VARIANTS)
+        loads = (f"{v} {seconds(runs[v][-1].seconds('load'))}" for v in VARIANTS)
         console.print(f"round {i + 1} of {rounds}, load: {', '.join(loads)}")
     return runs
 

@@ -34,10 +34,10 @@ from torch.serialization import (
     get_default_load_endianness,
     get_default_mmap_options,
     LoadEndianness,
-    MAP_SHARED,
 )
 
 
+_MAP_PRIVATE = 2  # as in torch.utils.serialization.config, on any system
 _WITHOUT = "Did you mean to load without lazy=True?"
 
 
@@ -50,18 +50,7 @@ def load(
     mmap: bool | None = None,
     **pickle_load_args: Any,
 ) -> Any:
-    """Loads ``f`` as :func:`torch.load` does, without reading its tensors' data.
-
-    Args:
-        f: path of a zip file that torch.save wrote
-        map_location: ``None`` or the CPU
-        pickle_module: as for torch.load
-        weights_only: as for torch.load
-        mmap: ``None`` or ``True``
-        pickle_load_args: as for torch.load
-
-    Returns:
-        What ``torch.load`` returns, with tensors that are mapped from the file.
+    """What :func:`torch.load` does with ``lazy=True``; its arguments are described there.
 
     Raises:
         ValueError: if an argument asks for what is not lazy
@@ -176,7 +165,7 @@ def _check_arguments(f: Any, map_location: Any, mmap: bool | None) -> None:
         raise ValueError(
             f"Expected mmap to be None or True with lazy=True, got False. ({_WITHOUT})"
         )
-    if mmap and MAP_SHARED is not None and get_default_mmap_options() == MAP_SHARED:
+    if mmap and get_default_mmap_options() not in (None, _MAP_PRIVATE):
         raise ValueError(
             "Expected set_default_mmap_options to be MAP_PRIVATE with lazy=True, got "
             f"MAP_SHARED. ({_WITHOUT})"

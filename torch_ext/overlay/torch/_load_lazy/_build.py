@@ -18,6 +18,7 @@ from torch._load_lazy._inert import Row, Unsupported
 from torch._load_lazy._map import Mapping
 from torch._load_lazy._zip import Archive
 from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
+from torch.autograd.graph import increment_version
 from torch.serialization import StorageType
 
 
@@ -197,17 +198,21 @@ class Builder:
             self._mapping.buffer,
             self._shaped,
         )
-        tensors = []
+        tensors, flat = [], []
         for layout, start in zip(layouts, starts, strict=True):
             _, dtype, _, size, _, _, _, numel = layout
             tensor = frombuffer(buffer, dtype=dtype, count=numel, offset=start)
-            if size in shaped:
+            if len(size) == 1:
+                flat.append(tensor)
+            elif size in shaped:
                 tensor.resize_as_(shaped[size])
             else:
                 shaped[size] = tensor.resize_(size)
             # See Note [Don't serialize hooks] in torch/_utils.py.
             tensor._backward_hooks = OrderedDict()
             tensors.append(tensor)
+        # What torch.load makes is of version 1: it was given a storage.
+        increment_version(flat)
         return tensors
 
     # What becomes of it
@@ -268,9 +273,9 @@ class Builder:
         record = layout.record
         if key in self._used:
             before, tensor = self._used[key]
-            # What torch makes of a record that is named in two ways differs from release
-            # to release.
-            if before.record != record:
+            # What torch makes of a record that is named in two ways, or of an empty
+            # one that is named twice, differs from release to release.
+            if before.record != record or not record.nbytes:
                 raise Unsupported("record")
             return tensor.untyped_storage()
         storage = self._mapping.storage(self._archive.extent(key, record.nbytes))

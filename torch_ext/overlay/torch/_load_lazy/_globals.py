@@ -65,7 +65,7 @@ def _bytes(*arguments: Any) -> bytes:
 
 def _bytearray(*arguments: Any) -> bytearray:
     # NB: bytearray(10**12) is a call that weights_only allows, too.
-    if arguments and (type(arguments[0]) is not str or arguments[1:] != ("latin-1",)):
+    if tuple(map(type, arguments)) not in ((), (bytes,)):
         raise Unsupported("bytearray")
     return bytearray(*arguments)
 

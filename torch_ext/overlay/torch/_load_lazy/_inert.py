@@ -9,6 +9,7 @@ unpickler returns for the same bytes; for what it does not know it raises
 Not here: what the calls make (``_globals.py``, ``_build.py``), and other protocols than 2.
 """
 
+import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,14 +65,15 @@ class Row(NamedTuple):
 class Build(Protocol):
     """Makes the objects that a pickle asks for, or raises ``Unsupported``."""
 
-    globals: Mapping[bytes, Any]
-
+    @property
+    def globals(self) -> Mapping[bytes, Any]: ...
     def call(self, function: Any, arguments: tuple[Any, ...]) -> Any: ...
     def persistent(self, pid: Any) -> Any: ...
     def layout(self, row: Row) -> Any: ...
     def tensors(self, layouts: Sequence[Any], keys: list[str]) -> list[Any]: ...
 
 
+_MAX_DEPTH = 1000
 _KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None)})
 
 
@@ -267,7 +269,7 @@ class Reader:
         """Returns how many PUTs a row of this kind has, but for the name's; its layout."""
         prefix, storage, place, stride, flags = map(self._operands, kind)
         offset, *size = place
-        row = Row(*prefix, *storage, offset, tuple(size), tuple(stride), *flags)
+        row = Row._make([*prefix, *storage, offset, tuple(size), tuple(stride), *flags])
         # NB: a PUT follows each tuple but the empty one.
         return 5 + bool(size) + bool(stride), self._build.layout(row)
 
@@ -311,7 +313,22 @@ def check_keys(keys: Iterable[Any]) -> None:
     for key in keys:
         parts = key if type(key) is tuple else (key,)
         if not _KEY_TYPES.issuperset(map(type, parts)):
+            _check_depth(key)
             raise Unsupported("key")
+
+
+def _check_depth(key: Any) -> None:
+    # NB: torch's own unpickler would end the process.
+    level = [key]
+    for _ in range(_MAX_DEPTH):
+        tuples = {id(part): part for part in level if type(part) is tuple}
+        level = list(chain.from_iterable(tuples.values()))
+        if not level:
+            return
+    raise pickle.UnpicklingError(
+        f"Expected keys of a pickle to be nested less than {_MAX_DEPTH} deep, got a tuple "
+        "whose hash would overrun the stack. (Is the file damaged?)"
+    )
 
 
 _OPERAND_SIZES = {ord("h"): 1, ord("j"): 4, ord("K"): 1, ord("M"): 2, ord("J"): 4}

@@ -51,12 +51,14 @@ class Mapping:
     def storage(self, extent: Extent) -> torch.UntypedStorage:
         """Returns a storage of exactly the bytes of ``extent``, at their place."""
         start, size = extent
-        if not size:
-            # As torch's reader does it: not resizable, with an address.
-            return torch.UntypedStorage(1, device="cpu")[:0]
-        return torch.frombuffer(
-            self.buffer, dtype=torch.uint8, count=size, offset=start
-        ).untyped_storage()
+        storage: torch.UntypedStorage
+        if size:
+            storage = torch.frombuffer(
+                self.buffer, dtype=torch.uint8, count=size, offset=start
+            ).untyped_storage()
+        else:  # as torch's reader does it: not resizable
+            storage = torch.UntypedStorage(0, device="cpu")[:0]
+        return storage
 
 
 def _map_view(file: BinaryIO, size: int) -> Any:

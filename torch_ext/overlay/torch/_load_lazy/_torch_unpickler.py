@@ -80,13 +80,13 @@ def load(
     if "weights_only" in (_load.__kwdefaults__ or {}):
         pickle_load_args["weights_only"] = pickle_module is None
     module = pickle_module or _weights_only_unpickler
-    try:
-        with _kept_map_location():
+    with _kept_map_location():
+        try:
             return _load(
                 Records(archive, mapping), map_location, module, **pickle_load_args
             )
-    except pickle.UnpicklingError:
-        if pickle_module is None:
-            # torch.load words the refusal; to meta, it does so without reading data.
-            torch.load(archive.name, map_location="meta", weights_only=True)
-        raise
+        except pickle.UnpicklingError:
+            if pickle_module is None:
+                # torch.load words the refusal; to meta, it does so without reading data.
+                torch.load(archive.name, map_location="meta", weights_only=True)
+            raise

@@ -64,13 +64,13 @@ class Archive:
         entries = self._entries(directory, count)
         folder, slash, _ = entries[0][0].partition(b"/") if entries else (b"",) * 3
         if not slash:
-            self.bad("a record in a folder", f"{folder!r}", offset)
+            self.bad("a record in a folder", f"{_text(folder)!r}", offset)
         self._folder = folder + b"/"
         self._entry = {entry[0]: entry for entry in entries}
         if len(self._entry) != len(entries):
             names = sorted(entry[0] for entry in entries)
             twice = next(a for a, b in pairwise(names) if a == b)
-            self.bad("records of different names", f"{twice!r} twice", offset)
+            self.bad("records of different names", f"{_text(twice)!r} twice", offset)
         self.starts: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
         self._locate()
@@ -94,7 +94,8 @@ class Archive:
     ) -> NoReturn:
         """Raises the error that says what is wrong with a record."""
         if offset is None:
-            entry = self._entry.get(self._folder + record.encode())
+            name = self._folder + record.encode(errors="surrogateescape")
+            entry = self._entry.get(name)
             offset = entry[1] if entry else self._directory_offset
         self.bad(f"{expected} in record {record!r}", got, offset, remedy)
 
@@ -181,12 +182,12 @@ class Archive:
 
     def _wide(self, extra: bytes, *values: int) -> list[int]:
         """Returns size, stored size and header offset, from zip64's field if too wide."""
-        wide = b""
-        while len(extra) >= 4:
-            tag, length = struct.unpack_from("<2H", extra)
+        at, wide = 0, b""
+        while not wide and at + 4 <= len(extra):
+            tag, length = struct.unpack_from("<2H", extra, at)
             if tag == 1:
-                wide = extra[4 : 4 + length]
-            extra = extra[4 + length :]
+                wide = extra[at + 4 : at + 4 + length]
+            at += 4 + length
         numbers = []
         for value in values:
             if value == _U32:
@@ -203,11 +204,6 @@ class Archive:
     def __contains__(self, record: str) -> bool:
         return self._folder + record.encode() in self._entry
 
-    def names(self) -> list[str]:
-        """Returns the names of all records, without the folder."""
-        skip = len(self._folder)
-        return [name[skip:].decode(errors="replace") for name in self._entry]
-
     def read(self, record: str) -> bytes:
         """Returns the bytes of a record."""
         entry = self._get(self._folder + record.encode())
@@ -216,11 +212,13 @@ class Archive:
     def _get(self, name: bytes) -> Entry:
         entry = self._entry.get(name)
         if entry is None:
-            self.bad(f"a record {name!r}", "none of that name", self._directory_offset)
+            self.bad(
+                f"a record {_text(name)!r}", "none of that name", self._directory_offset
+            )
         _, header, size, stored, kind = entry
         if kind >> 16 or size != stored or kind & _ENCRYPTED:
             self.bad(
-                f"record {name!r} stored as it is",
+                f"record {_text(name)!r} stored as it is",
                 "an encrypted one" if kind & _ENCRYPTED else "a compressed one",
                 header,
                 "Did you mean to load without lazy=True?",
@@ -260,7 +258,7 @@ class Archive:
                 or end >= _U32
             ):
                 start = self._odd_start(entry, end, alignment)
-            key = name[skip:].decode()
+            key = name[skip:].decode(errors="surrogateescape")
             self.starts[key], self.sizes[key] = start, size
         self._check_samples(folder)
 
@@ -268,7 +266,7 @@ class Archive:
         if ".storage_alignment" not in self:
             return 64
         text = self.read(".storage_alignment")
-        if not text.isdigit() or not 0 < int(text) <= 1 << 30:
+        if not text.isdigit() or not 0 < int(text[:20]) <= 1 << 30:
             self.bad(
                 "a record '.storage_alignment' that is a positive number",
                 f"{text[:20]!r}",
@@ -292,7 +290,7 @@ class Archive:
         start = self._local_start(entry)
         if start + size > end:
             self.bad(
-                f"record {name!r} end before offset {end}",
+                f"record {_text(name)!r} end before offset {end}",
                 f"an end at {start + size}",
                 header,
             )
@@ -306,14 +304,14 @@ class Archive:
         local_name = self._pread(header + _LOCAL.size, name_size)
         if magic != b"PK\3\4" or local_name != name or method != kind >> 16:
             self.bad(
-                f"the local header of record {name!r}",
-                f"{magic!r} and name {local_name[:80]!r}",
+                f"the local header of record {_text(name)!r}",
+                f"{magic!r} and name {_text(local_name)!r}",
                 header,
             )
         start: int = header + _LOCAL.size + name_size + extra_size
         if start + size > self._directory_offset:
             self.bad(
-                f"record {name!r} end before its directory",
+                f"record {_text(name)!r} end before its directory",
                 f"{size} bytes from {start} on",
                 header,
             )
@@ -322,7 +320,8 @@ class Archive:
     def _check_samples(self, folder: bytes) -> None:
         keys = [key for key, size in self.sizes.items() if size]
         for key in {*keys[:: max(1, len(keys) // _SAMPLES)], *keys[-1:]}:
-            start = self._local_start(self._entry[folder + key.encode()])
+            name = folder + key.encode(errors="surrogateescape")
+            start = self._local_start(self._entry[name])
             if start != self.starts[key]:
                 self.bad_record(
                     f"data/{key}",
@@ -335,13 +334,17 @@ class Archive:
         """Raises unless torch's own reader would take this version of the layout."""
         record = ".data/version" if ".data/version" in self else "version"
         text = self.read(record)
-        if not text.strip().isdigit() or int(text) not in _VERSIONS:
+        if not text.strip().isdigit() or int(text[:20]) not in _VERSIONS:
             self.bad(
                 f"a record {record!r} from 1 to 10",
                 f"{text[:20]!r}",
                 self._get(self._folder + record.encode())[1],
                 "Was it written by a newer PyTorch?",
             )
+
+
+def _text(name: bytes) -> str:
+    return name[:80].decode(errors="replace")
 
 
 def _lengths(sizes: bytes) -> tuple[int, ...]:
