@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import tempfile
+import textwrap
 import threading
 import unittest
 import warnings
@@ -17,11 +18,10 @@ from pathlib import Path
 from unittest import mock
 
 import hypothesis.strategies as st
-from hypothesis import given, settings
-
 import torch
+from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.serialization import config as serialization_config
+from torch.serialization import skip_data
 from torch.testing._internal.common_utils import (
     instantiate_parametrized_tests,
     IS_LINUX,
@@ -29,6 +29,7 @@ from torch.testing._internal.common_utils import (
     run_tests,
     TestCase,
 )
+from torch.utils.serialization import config as serialization_config
 
 
 DTYPES = [
@@ -67,7 +68,8 @@ def describe(value, storages=None):
         place = value.size(), value.stride(), value.storage_offset(), value.dtype
         state = value.requires_grad, value.is_leaf, value._is_view(), value._version
         extra = value._backward_hooks, value.is_conj(), value.is_neg(), vars(value)
-        memory = name, storage.nbytes(), storage.resizable(), bytes(storage.tolist())
+        data = torch.empty(0, dtype=torch.uint8).set_(storage).tolist()
+        memory = name, storage.nbytes(), storage.resizable(), data
         return type(value), value.device, place, state, extra, memory
     if isinstance(value, dict):
         attributes = describe(dict(vars(value)), storages) if vars_of(value) else None
@@ -103,11 +105,9 @@ def tensors(draw, roots):
     dtype = draw(st.sampled_from(DTYPES))
     size = draw(st.lists(st.integers(0, 4), max_size=5))
     nbytes = torch.Size(size).numel() * dtype.itemsize
-    data = bytearray(
-        i * 37 % 251 % (2 if dtype is torch.bool else 251) for i in range(nbytes)
-    )
+    data = torch.arange(nbytes) * 37 % (2 if dtype is torch.bool else 251)
     root = torch.empty(size, dtype=dtype)
-    root.untyped_storage().copy_(torch.UntypedStorage(list(data)))
+    torch.empty(0, dtype=torch.uint8).set_(root.untyped_storage()).copy_(data)
     if dtype.is_floating_point and dtype.itemsize > 1 and draw(st.booleans()):
         root.requires_grad_()
     if draw(st.booleans()):
@@ -122,7 +122,7 @@ plain = st.one_of(
     st.integers(-(2**70), 2**70),
     st.floats(allow_nan=True),
     st.text(max_size=300),
-    st.binary(max_size=9),
+    st.binary(min_size=1, max_size=9),  # weights_only forbids b""
     st.binary(max_size=9).map(bytearray),
     st.complex_numbers(),
     st.sets(st.integers() | st.text(max_size=3), max_size=4),
@@ -154,7 +154,7 @@ def state_dicts(draw):
         state[f"layers.{i}.weight"] = draw(tensors(roots))
     if draw(st.booleans()):
         state._metadata = collections.OrderedDict({"": {"version": 1}})
-    return state
+    return state, any(not root.numel() for root in roots)
 
 
 class TestLoadLazy(TestCase):
@@ -181,18 +181,35 @@ class TestLoadLazy(TestCase):
 
     # The law
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(state_dicts(), st.booleans())
-    def test_equals_load(self, state, weights_only):
-        path = self.save(state)
+    def test_equals_load(self, state_and_empty, weights_only):
+        state, has_empty = state_and_empty
+        self.save(state)
+        # Several tensors over one empty record are left to torch's own unpickler.
+        with contextlib.nullcontext() if has_empty else self.by_itself():
+            self.assertLoadsAlike(self.path, weights_only=weights_only)
+
+    def test_empty_tensors(self):
+        state = {str(i): torch.empty(0, i) for i in range(80)}
         with self.by_itself():
-            self.assertLoadsAlike(path, weights_only=weights_only)
+            self.assertLoadsAlike(self.save(state))
+        self.assertLoadsAlike(self.save([state["1"], state["1"].t()]))
 
     @parametrize("dtype", DTYPES)
     def test_dtypes(self, dtype):
         state = {str(i): torch.ones(2, 3).to(dtype) for i in range(80)}
         with self.by_itself():
             self.assertLoadsAlike(self.save(state))
+
+    @parametrize("ndim", range(6))
+    def test_rows(self, ndim):
+        size = (2, 3, 1, 2, 2)[:ndim]
+        state = {str(i): torch.full(size, i) for i in range(600)}
+        with self.by_itself():
+            self.assertLoadsAlike(self.save(state))
+            self.assertLoadsAlike(self.save([{"x": t} for t in state.values()]))
+            self.assertLoadsAlike(self.save(list(state.values())))
 
     def test_ties_and_views(self):
         base = torch.arange(64.0).view(8, 8)
@@ -261,9 +278,9 @@ class TestLoadLazy(TestCase):
 
     def test_storage_in_the_result(self):
         path = self.save({"s": torch.arange(3.0).untyped_storage()})
-        self.assertEqual(
-            torch.load(path, lazy=True)["s"].tolist(), torch.load(path)["s"].tolist()
-        )
+        with warnings.catch_warnings(record=True):
+            lazy = torch.load(path, lazy=True)["s"].tolist()
+            self.assertEqual(lazy, torch.load(path)["s"].tolist())
 
     def test_classes(self):
         path = self.save(
@@ -306,9 +323,8 @@ class TestLoadLazy(TestCase):
         if not parts:
             return None
         fields = text.split(parts[0])[1].split("\n")[1:]
-        return [
-            1024 * int(f.split()[1]) for f in fields if f.startswith(("Size:", "Rss:"))
-        ]
+        sizes = [f.split()[1] for f in fields if f.startswith(("Size:", "Rss:"))]
+        return [1024 * int(size) for size in sizes[:2]]
 
     @unittest.skipIf(not IS_LINUX, "reads /proc")
     def test_reads_no_data(self):
@@ -342,6 +358,23 @@ class TestLoadLazy(TestCase):
         self.assertEqual(row, torch.ones(6))
         del row
         self.assertIsNone(self.mapped())
+
+    @unittest.skipIf(not IS_LINUX, "needs sparse files, and MAP_NORESERVE")
+    def test_larger_than_memory(self):
+        with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
+            fake = [
+                torch.empty(n, dtype=torch.int8) for n in (9, 1 << 36, 9, 1 << 33, 9)
+            ]
+            self.save({str(i): t for i, t in enumerate(fake)})
+        with self.by_itself():
+            lazy = torch.load(self.path, lazy=True)
+        lazy["1"][-1] = 1
+        self.assertEqual([int(t[-1]) for t in lazy.values()], [0, 1, 0, 0, 0])
+        reader = torch._C.PyTorchFileReader(self.path)
+        first = lazy["0"].data_ptr() - reader.get_record_offset("data/0")
+        for name, tensor in lazy.items():
+            offset = reader.get_record_offset(f"data/{name}")
+            self.assertEqual(tensor.data_ptr() - first, offset)
 
     def test_writes_do_not_reach_the_file(self):
         before = Path(self.save({"x": torch.ones(9), "y": torch.ones(9)})).read_bytes()
@@ -388,12 +421,15 @@ class TestLoadLazy(TestCase):
 
     def test_environment(self):
         path = self.save(Unlisted(3))
-        with mock.patch.dict(os.environ, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"):
-            with self.assertWarnsRegex(UserWarning, "forcing weights_only=False"):
-                self.assertEqual(torch.load(path, lazy=True).value, 3)
-        with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-            with self.assertRaises(pickle.UnpicklingError):
-                torch.load(path, lazy=True, weights_only=False)
+        environment = mock.patch.dict(os.environ, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1")
+        with (
+            environment,
+            self.assertWarnsRegex(UserWarning, "forcing weights_only=False"),
+        ):
+            self.assertEqual(torch.load(path, lazy=True).value, 3)
+        environment = mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")
+        with environment, self.assertRaises(pickle.UnpicklingError):
+            torch.load(path, lazy=True, weights_only=False)
 
     def test_contexts(self):
         path = self.save({"x": torch.ones(2)})
@@ -444,9 +480,7 @@ class TestLoadLazy(TestCase):
 
     @parametrize("alignment", [1, 4096])
     def test_alignment(self, alignment):
-        with serialization_config.patch(
-            "save.storage_alignment", alignment
-        ):
+        with serialization_config.patch("save.storage_alignment", alignment):
             path = self.save({str(i): torch.full((i,), i) for i in range(20)})
         with self.by_itself():
             self.assertLoadsAlike(path)
@@ -479,49 +513,105 @@ class TestLoadLazy(TestCase):
                 torch.load(path or self.path, lazy=True)
             except Exception as error:
                 message = str(error).replace(self.folder.name, "")
-                return f"{type(error).__name__}: {message}"
+                return textwrap.fill(f"{type(error).__name__}: {message}", 80)
         return "none"
 
     def test_records(self):
         self.save({"x": torch.ones(4)})
         self.assertExpectedInline(
-            self.load_error(self.rewrite({"data/0": b"\0" * 20})), """"""
+            self.load_error(self.rewrite({"data/0": b"\0" * 20})),
+            """\
+RuntimeError: Expected /x.pt.zip to have 16 bytes in record 'data/0', got 20
+bytes at offset 349. (Is the file damaged, or still being written?)""",
         )
         self.assertExpectedInline(
-            self.load_error(self.rewrite({"data/0": b"\0" * 9})), """"""
+            self.load_error(self.rewrite({"data/0": b"\0" * 9})),
+            """\
+RuntimeError: Expected /x.pt.zip to have 16 bytes in record 'data/0', got 9
+bytes at offset 349. (Is the file damaged, or still being written?)""",
         )
         self.assertExpectedInline(
-            self.load_error(self.rewrite(without=["data/0"])), """"""
+            self.load_error(self.rewrite(without=["data/0"])),
+            """\
+RuntimeError: Expected /x.pt.zip to have 16 bytes in record 'data/0', got no
+such record at offset 484. (Is the file damaged, or still being written?)""",
         )
         self.assertExpectedInline(
-            self.load_error(self.rewrite(without=["data.pkl"])), """"""
+            self.load_error(self.rewrite(without=["data.pkl"])),
+            """\
+RuntimeError: Expected /x.pt.zip to have a record 'x/data.pkl', got none of that
+name at offset 336. (Is the file damaged, or still being written?)""",
         )
         self.assertExpectedInline(
-            self.load_error(self.rewrite({"version": b"99"})), """"""
+            self.load_error(self.rewrite({"version": b"99"})),
+            """\
+RuntimeError: Expected /x.pt.zip to have a record 'version' from 1 to 10, got
+b'99' at offset 403. (Was it written by a newer PyTorch?)""",
         )
         self.assertExpectedInline(
-            self.load_error(self.rewrite({"byteorder": b"big"})), """"""
+            self.load_error(self.rewrite({"byteorder": b"big"})),
+            """\
+RuntimeError: Expected /x.pt.zip to have 'little' in record 'byteorder', got
+'big' at offset 302. (Did you mean to load without lazy=True?)""",
         )
         self.assertExpectedInline(
-            self.load_error(self.rewrite({".storage_alignment": b"-1"})), """"""
+            self.load_error(self.rewrite({".storage_alignment": b"-1"})),
+            """\
+RuntimeError: Expected /x.pt.zip to have a record '.storage_alignment' that is a
+positive number, got b'-1' at offset 250. (Is the file damaged, or still being
+written?)""",
         )
         self.assertExpectedInline(
-            self.load_error(self.rewrite(compression=zipfile.ZIP_DEFLATED)), """"""
+            self.load_error(self.rewrite(compression=zipfile.ZIP_DEFLATED)),
+            """\
+RuntimeError: Expected /x.pt.zip to have record 'x/.storage_alignment' stored as
+it is, got a compressed one at offset 236. (Did you mean to load without
+lazy=True?)""",
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             path = self.rewrite(twice=["data/0"])
-        self.assertExpectedInline(self.load_error(path), """""")
+        self.assertExpectedInline(
+            self.load_error(path),
+            """\
+RuntimeError: Expected /x.pt.zip to have records of different names, got
+'x/data/0' twice at offset 592. (Is the file damaged, or still being written?)""",
+        )
 
     def test_formats(self):
         Path(self.path).write_bytes(b"")
-        self.assertExpectedInline(self.load_error(), """""")
+        self.assertExpectedInline(
+            self.load_error(),
+            """\
+RuntimeError: Expected /x.pt to be a zip file written by torch.save with
+lazy=True, got b'' at offset 0: a damaged file, or one of another format. (Did
+you mean to load without lazy=True?)""",
+        )
         self.save({"x": torch.ones(4)}, _use_new_zipfile_serialization=False)
-        self.assertExpectedInline(self.load_error(), """""")
-        self.assertExpectedInline(self.load_error(self.folder.name), """""")
+        self.assertExpectedInline(
+            self.load_error(),
+            """\
+RuntimeError: Expected /x.pt to be a zip file written by torch.save with
+lazy=True, got b'\\x80\\x02\\x8a\\n' at offset 0: a damaged file, or one of another
+format. (Did you mean to load without lazy=True?)""",
+        )
+        self.assertExpectedInline(
+            self.load_error(self.folder.name),
+            """\
+RuntimeError: Expected  to be a regular file with lazy=True, got another kind of
+file. (Did you mean to load without lazy=True?)""",
+        )
         os.mkfifo(self.path + ".fifo")
-        self.assertExpectedInline(self.load_error(self.path + ".fifo"), """""")
-        self.assertExpectedInline(self.load_error("/nowhere/x.pt"), """""")
+        self.assertExpectedInline(
+            self.load_error(self.path + ".fifo"),
+            """\
+RuntimeError: Expected /x.pt.fifo to be a regular file with lazy=True, got
+another kind of file. (Did you mean to load without lazy=True?)""",
+        )
+        self.assertExpectedInline(
+            self.load_error("/nowhere/x.pt"),
+            """FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/x.pt'""",
+        )
 
     def test_truncated_anywhere(self):
         data = Path(self.save({"x": torch.ones(4)})).read_bytes()
@@ -532,17 +622,20 @@ class TestLoadLazy(TestCase):
     def test_flipped_bytes(self):
         state = {"x": torch.arange(4.0), "y": [torch.ones(2, 3), 7]}
         data = bytearray(Path(self.save(state)).read_bytes())
-        expected = str(describe(state))
+        original = describe(torch.load(self.path))
         for at in range(0, len(data), 3):
-            for bit in (0, 6):
-                data[at] ^= 1 << bit
-                Path(self.path).write_bytes(data)
-                if self.load_error() == "none":
-                    with contextlib.suppress(Exception):
-                        self.assertLoadsAlike(self.path)
-                data[at] ^= 1 << bit
-        Path(self.path).write_bytes(data)
-        self.assertEqual(self.load_error(), "none", expected)
+            data[at] ^= 1 << at % 8
+            Path(self.path).write_bytes(data)
+            data[at] ^= 1 << at % 8
+            if self.load_error() != "none":
+                continue
+            # What a flip leaves readable is what torch.load reads, or was not hit. (For
+            # some flips in a local header torch.load reads the bytes beside the data.)
+            lazy = describe(torch.load(self.path, lazy=True))
+            with contextlib.suppress(Exception):
+                if lazy == describe(torch.load(self.path)):
+                    continue
+            self.assertTrue(lazy == original, f"byte {at}: {lazy}")
 
     def pickled(self, body):
         """Writes a file whose pickle is ``body``, with F, V for a FloatStorage and rebuild_v2."""
@@ -592,7 +685,8 @@ class TestLoadLazy(TestCase):
         path = self.pickled(self.tensor(**lie))
         error = self.load_error(path)
         self.assertRegex(
-            error, r"^RuntimeError: Expected /x.pt.zip to have .* at offset \d+\."
+            error,
+            r"(?s)^RuntimeError: Expected /x.pt.zip to have .*\sat\soffset\s\d+\.",
         )
 
     def test_expanded_tensor(self):
@@ -624,15 +718,26 @@ class TestLoadLazy(TestCase):
             b"Q",
             b"K\x01Q",
             b"",
-            b"}"
-            + b")"
-            + b"\x85" * 100_000
-            + b"Ns",  # hashing this key overruns C's stack
         ],
     )
     def test_bad_pickles(self, body):
         path = self.pickled(body)
-        self.assertNotEqual(self.load_error(path), "none")
+        try:
+            expected = torch.load(path)
+        except Exception:
+            self.assertNotEqual(self.load_error(path), "none")
+        else:
+            self.assertEqual(torch.load(path, lazy=True), expected)
+
+    def test_deep_key(self):
+        # Hashing it overruns C's stack, in torch's own unpickler, too.
+        path = self.pickled(b"})" + b"\x85" * 2_000_000 + b"Ns")
+        self.assertExpectedInline(
+            self.load_error(path),
+            """\
+UnpicklingError: Expected keys of a pickle to be nested less than 1000 deep, got
+a tuple whose hash would overrun the stack. (Is the file damaged?)""",
+        )
 
 
 instantiate_parametrized_tests(TestLoadLazy)

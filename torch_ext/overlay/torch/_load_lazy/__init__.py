@@ -38,6 +38,7 @@ from torch.serialization import (
 
 
 _MAP_PRIVATE = 2  # as in torch.utils.serialization.config, on any system
+_UNUSED = "pickle_load_args only works if `weights_only=False`."
 _WITHOUT = "Did you mean to load without lazy=True?"
 
 
@@ -58,16 +59,13 @@ def load(
         pickle.UnpicklingError: if ``weights_only`` forbids what the file holds
     """
     weights_only = _resolve_weights_only(weights_only, pickle_module)
-    if weights_only and pickle_load_args:
-        warnings.warn(
-            "pickle_load_args only works if `weights_only=False`.", stacklevel=3
-        )
     _check_dill_version(pickle_module)
     _check_arguments(f, map_location, mmap)
-    path = os.fsdecode(f)
+    if weights_only and pickle_load_args:
+        warnings.warn(_UNUSED, stacklevel=3)
+    path, cpu = os.fsdecode(f), map_location is not None
     if not weights_only and pickle_module is None:
         pickle_module = pickle
-    cpu = map_location is not None
     inert = pickle_module in (None, pickle) and not pickle_load_args and _is_ordinary()
     with _open(path) as file:
         with paused_gc():
@@ -79,9 +77,8 @@ def load(
                 except Unsupported:
                     pass
         if "constants.pkl" in archive:  # TorchScript: torch.load knows where to send it
-            return torch.load(
-                path, map_location, pickle_module, weights_only=weights_only
-            )
+            arguments = {"pickle_module": pickle_module, "weights_only": weights_only}
+            return torch.load(path, map_location, **arguments)
         return _torch_unpickler.load(
             archive, mapping, map_location, pickle_module, **pickle_load_args
         )
