@@ -6,7 +6,6 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 RUN := $(PY) -m torch_ext run
-MACHINERY := torch_ext benchmarks test setup.py
 TYPED := $(PY) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abspath .mypy_cache)
 
 .PHONY: demo test test-slow lint types test-graft test-tree clean
@@ -20,8 +19,8 @@ test-slow: $(VENV)/installed
 	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
 
 lint: $(VENV)/installed
-	$(PY) -m ruff check $(MACHINERY)
-	$(PY) -m ruff format --check $(MACHINERY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
 
 # The new files are checked where they belong: inside a tree, next to the torch modules that they import.
 types: $(VENV)/installed

@@ -43,9 +43,10 @@ series: tuple[Patch, ...] = (
 torch.load reads every byte of a checkpoint; torch.load(mmap=True) does not,
 but spends most of its time in a pure-Python unpickler and in per-tensor
 lookups, and takes a record's size on trust. With lazy=True, the records of a
-local zip file are checked and mapped once, its pickle is read by the C
-unpickler with nothing but inert stand-ins to find, and plain tensors over the
-mapping are built under the allow-list of weights_only.""",
+local zip file are checked and mapped once, its pickle is read by a small
+reader that knows a few inert globals and calls nothing else, and plain tensors
+are made over the mapping. What the reader does not know goes to torch's own
+unpickler, under the allow-list of weights_only.""",
         files=("torch/_load_lazy",),
         tests=("test/test_load_lazy.py",),
     ),

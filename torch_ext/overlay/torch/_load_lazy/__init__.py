@@ -45,7 +45,7 @@ _WITHOUT = "Did you mean to load without lazy=True?"
 def load(
     f: Any,
     map_location: Any = None,
-    pickle_module: ModuleType | None = None,
+    pickle_module: Any = None,
     *,
     weights_only: bool | None = None,
     mmap: bool | None = None,
@@ -77,8 +77,8 @@ def load(
                 except Unsupported:
                     pass
         if "constants.pkl" in archive:  # TorchScript: torch.load knows where to send it
-            arguments = {"pickle_module": pickle_module, "weights_only": weights_only}
-            return torch.load(path, map_location, **arguments)
+            where = path, map_location, pickle_module
+            return torch.load(*where, weights_only=weights_only)
         return _torch_unpickler.load(
             archive, mapping, map_location, pickle_module, **pickle_load_args
         )
