@@ -43,3 +43,32 @@ def load(
             **pickle_load_args,
         )
     ...
+
+
+@seam("load_lazy", base=("4fc94ef0c93459c1",))
+def save(
+    obj,
+    f,
+    pickle_module=pickle,
+    pickle_protocol=DEFAULT_PROTOCOL,
+    _use_new_zipfile_serialization=True,
+    _disable_byteorder_record=False,
+):
+    """
+    .. note::
+        A file that is open with ``torch.load(lazy=True)`` is not written over: a new file is written beside it, and
+        takes its name, mode and owner once it is complete. Tensors that were loaded from the old one keep their values.
+    """
+    if "torch._load_lazy" in sys.modules:  # else no file is lazily open
+        from torch._load_lazy import _save_over
+
+        if _save_over.is_open(f):
+            return _save_over.save(
+                obj,
+                f,
+                pickle_module,
+                pickle_protocol,
+                _use_new_zipfile_serialization,
+                _disable_byteorder_record,
+            )
+    ...

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
 
+from torch import Size
 from torch._load_lazy._rows import Kind, match_rows
 
 
@@ -40,7 +41,8 @@ from torch._load_lazy._rows import Kind, match_rows
 # - Lengths (BINUNICODE, LONG1) are checked against the bytes at hand before their use.
 # - Nesting costs no recursion here or later, since nobody walks the result; a container
 #   may hold itself.
-# - Memory is linear in the pickle's length: an instruction makes at most one object.
+# - Memory is linear in the pickle's length: an instruction makes at most one object, and
+#   what calls copy (bytes of a string, a set of a list) is counted.
 
 
 class Unsupported(Exception):
@@ -55,6 +57,7 @@ class Row(NamedTuple):
     storage_type: Any
     location: Any
     numel: int
+    rest: list[Any]  # of the persistent id
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -93,6 +96,7 @@ class Reader:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._next = 0  # index of the next PUT
+        self._copied = 0  # items and bytes that calls have copied
         self._kinds: dict[Kind, tuple[int, Any]] = {}
         # What rows put into the memo, yielded when it is asked for.
         self._late: list[Iterable[tuple[int, Any]]] = []
@@ -103,7 +107,7 @@ class Reader:
         Raises:
             Unsupported: if the pickle is for torch's own unpickler to judge
         """
-        data, instructions = self._data, _INSTRUCTIONS
+        data, instructions = self._data, INSTRUCTIONS
         if not data.startswith(b"\x80\x02"):
             raise Unsupported("protocol")
         self._at = 2
@@ -220,7 +224,12 @@ class Reader:
         arguments = self._stack.pop()
         if type(arguments) is not tuple:
             raise Unsupported("call")
-        self._stack[-1] = self._build.call(self._stack[-1], arguments)
+        self._stack[-1] = made = self._build.call(self._stack[-1], arguments)
+        if type(made) in (bytes, bytearray, set, Size):
+            self._copied += len(made)
+            # NB: torch.save writes what it copies from once for each copy.
+            if self._copied > len(self._data):
+                raise Unsupported("copies")
 
     def _setstate(self) -> None:
         state = self._stack.pop()
@@ -268,8 +277,10 @@ class Reader:
     def _read_kind(self, kind: Kind) -> tuple[int, Any]:
         """Returns how many PUTs a row of this kind has, but for the name's; its layout."""
         prefix, storage, place, stride, flags = map(self._operands, kind)
+        location, numel, *rest = storage
         offset, *size = place
-        row = Row._make([*prefix, *storage, offset, tuple(size), tuple(stride), *flags])
+        where = location, numel, rest, offset, tuple(size), tuple(stride)
+        row = Row(*prefix, *where, *flags)
         # NB: a PUT follows each tuple but the empty one.
         return 5 + bool(size) + bool(stride), self._build.layout(row)
 
@@ -286,6 +297,8 @@ class Reader:
                 values.append(int.from_bytes(operand, "little", signed=op == ord("J")))
             elif op in b"\x88\x89":
                 values.append(op == 0x88)
+            elif op == ord("N"):
+                values.append(None)
             at += 1 + size
         return values
 
@@ -333,7 +346,7 @@ def _check_depth(key: Any) -> None:
 
 _OPERAND_SIZES = {ord("h"): 1, ord("j"): 4, ord("K"): 1, ord("M"): 2, ord("J"): 4}
 
-_INSTRUCTIONS: dict[int, Callable[[Reader], None]] = {
+INSTRUCTIONS: dict[int, Callable[[Reader], None]] = {
     ord("("): Reader._mark,
     ord("t"): Reader._tuple,
     ord(")"): lambda self: self._stack.append(()),

@@ -22,13 +22,13 @@ from operator import itemgetter
 #     GET(location) numel t PUT Q offset size PUT stride PUT requires_grad
 #     GET(OrderedDict) ) R PUT t PUT R PUT
 #
-# with nothing in between, so that a run of them is read by matching. The first byte of an
-# instruction tells its length, but for strings, whose lengths are checked here: the
-# pattern can match in one way only, the one in which an unpickler reads it. All bytes but
-# name, key and PUTs are the same for all tensors of one kind: they are the row's kind,
-# looked at once. Of a row's PUTs the last one is checked, and only those of name, key and
-# tensor are kept: torch.save never refers to the others. (A file that rebinds there what
-# it refers to later is read as if it did not.)
+# (in legacy files, N after numel) with nothing in between, so that a run of them is read
+# by matching. The first byte of an instruction tells its length, but for strings, whose
+# lengths are checked here: the pattern can match in one way only, the one in which an
+# unpickler reads it. All bytes but name, key and PUTs are the same for all tensors of one
+# kind: they are the row's kind, looked at once. Of a row's PUTs the last one is checked,
+# and only those of name, key and tensor are kept: torch.save never refers to the others.
+# (A file that rebinds there what it refers to later is read as if it did not.)
 _GET = rb"(?:h.|j....)"
 _PUT = rb"r...."
 _INT = rb"(?:K.|M..|J....)"
@@ -36,7 +36,7 @@ _INTS = rb"(?:\)|%b\x85|%b%b\x86|%b%b%b\x87|\((?:%b){4,64}t)" % ((_INT,) * 7)
 _ROW = re.compile(
     rb"(?:X(.)\0\0\0([\w.]+)" + _PUT + rb")?"
     rb"(" + _GET + rb"\(\(" + _GET + _GET + rb")"
-    rb"X(.)\0\0\0(\d+)" + _PUT + rb"(" + _GET + _INT + rb")t" + _PUT + rb"Q"
+    rb"X(.)\0\0\0(\d+)" + _PUT + rb"(" + _GET + _INT + rb"N?)t" + _PUT + rb"Q"
     rb"(" + _INT + _INTS + rb")(?:" + _PUT + rb")?(" + _INTS + rb")(?:" + _PUT + rb")?"
     rb"([\x88\x89]" + _GET + rb")\)R" + _PUT + rb"t" + _PUT + rb"Rr(....)",
     re.DOTALL,
