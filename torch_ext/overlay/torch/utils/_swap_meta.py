@@ -10,6 +10,7 @@ of it then, stay on meta; so does a gradient, which is dropped. A tensor that C+
 to weakly is refused by ``torch._C._swap_tensor_impl`` before anything changes.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -19,11 +20,14 @@ from torch.nn.parameter import is_lazy
 
 
 __all__ = [
+    "PLAIN_KEYS",
     "USERS_OF_UNSHARED",
     "has_plain_keys",
+    "impls_for",
     "meta_ties",
     "storage_like",
-    "swap_back",
+    "swap_all",
+    "swap_back_all",
     "swap_meta",
     "undisturbed",
     "users_of",
@@ -39,26 +43,35 @@ __all__ = [
 # why hooks stop firing after it.
 
 
-def swap_meta(tensor: Tensor, data: Tensor) -> Tensor:
-    """Let ``tensor``, a leaf on meta, have the memory, sizes and dtype of ``data``.
-
-    Returns:
-        Tensor: what :func:`swap_back` needs to undo this.
-    """
-    new = data.detach()
-    if tensor.requires_grad:
-        new.requires_grad_()
-    swap_back(tensor, new)
-    return new
+def swap_meta(tensor: Tensor, data: Tensor) -> None:
+    """Let ``tensor``, a leaf on meta, have the memory, sizes and dtype of ``data``."""
+    swap_all([tensor], impls_for([tensor], [data]))
 
 
-def swap_back(tensor: Tensor, old: Tensor) -> None:
-    """Undo ``old = swap_meta(tensor, ...)``."""
-    torch._C._swap_tensor_impl(tensor, old)
-    if tensor._backward_hooks:
-        tensor._backward_hooks = tensor._backward_hooks
-    if tensor._post_accumulate_grad_hooks:
-        tensor._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
+def impls_for(tensors: list[Tensor], data: Iterable[Tensor]) -> list[Tensor]:
+    """What :func:`swap_all` exchanges ``tensors`` with, for each to have its ``data``."""
+    # NB: unlike detach(), this does not share the version counter.
+    impls = [d.data for d in data]
+    for tensor, impl in zip(tensors, impls, strict=True):
+        if tensor.requires_grad:
+            impl.requires_grad = True
+    return impls
+
+
+def swap_all(tensors: list[Tensor], impls: list[Tensor]) -> None:
+    """Exchange impls; should that raise, :func:`swap_back_all` undoes what was done."""
+    deque(map(torch._C._swap_tensor_impl, tensors, impls), maxlen=0)
+    for tensor in tensors:
+        if tensor._backward_hooks:
+            tensor._backward_hooks = tensor._backward_hooks
+        if tensor._post_accumulate_grad_hooks:
+            tensor._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
+
+
+def swap_back_all(tensors: list[Tensor], impls: list[Tensor]) -> None:
+    """Undo :func:`swap_all`, all of it or as far as it came."""
+    done = [i for i, impl in enumerate(impls) if impl.is_meta]
+    swap_all([tensors[i] for i in done], [impls[i] for i in done])
 
 
 @contextmanager
@@ -68,7 +81,9 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-_plain_keys: set[int] = set()
+# For has_plain_keys; may be asked by who cannot afford the call.
+PLAIN_KEYS: set[int] = set()
+_dispatch_keys = torch._C._dispatch_keys
 
 
 def has_plain_keys(tensor: Tensor) -> bool:
@@ -77,13 +92,13 @@ def has_plain_keys(tensor: Tensor) -> bool:
     Not so for what is sparse, quantized, lazily conjugated, an inference tensor, or
     wrapped by a subclass with ``__torch_dispatch__``.
     """
-    keys = torch._C._dispatch_keys(tensor).raw_repr()
-    if keys in _plain_keys:
+    keys = _dispatch_keys(tensor).raw_repr()
+    if keys in PLAIN_KEYS:
         return True
     with undisturbed():
-        plain = torch._C._dispatch_keys(torch.empty(0, device=tensor.device))
+        plain = _dispatch_keys(torch.empty(0, device=tensor.device))
     if plain.raw_repr() == keys:
-        _plain_keys.add(keys)
+        PLAIN_KEYS.add(keys)
     return plain.raw_repr() == keys
 
 

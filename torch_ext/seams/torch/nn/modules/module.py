@@ -31,13 +31,10 @@ class Module:
             >>> m.weight.data_ptr() == sd["weight"].data_ptr()
             True
         """
-        if reuse_tensors:
-            from torch.nn.modules import _reuse_tensors
+        from torch.nn.modules import _reuse_tensors
 
-            return _reuse_tensors.load_state_dict(
-                self, state_dict, strict=strict, assign=assign
-            )
-        ...
+        load = _reuse_tensors.load_state_dict if reuse_tensors else _reuse_tensors.load
+        return load(self, state_dict, strict=strict, assign=assign)
 
     @seam("to_empty_skip_materialized", base=("059c906956373894",))
     def to_empty(self, *, device, recurse=True, skip_materialized: bool = False):

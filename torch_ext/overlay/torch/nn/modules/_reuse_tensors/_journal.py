@@ -13,7 +13,6 @@ in attributes of attributes, and in memory that is no parameter or buffer.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules._reuse_tensors._plan import Move, Plan, SHARE, tensors_of, Undo
+from torch.nn.modules._reuse_tensors._commit import do_now, Undo, unshare
+from torch.nn.modules._reuse_tensors._plan import Move, Plan, SHARE, tensors_of
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._swap_meta import undisturbed
@@ -51,22 +51,9 @@ class Journal:
         keys = {id(t): prefix + n for d in own for n, t in d.items() if t is not None}
         return _Watch(self, keys, state_dict)
 
-    def roll_back(self) -> None:
-        """Leave everything as it was before the first change."""
-        while self.undo:
-            func, args = self.undo.pop()
-            try:
-                with undisturbed():
-                    func(*args)
-            except Exception as error:
-                warnings.warn(
-                    f"load_state_dict failed, and so did {func} to undo it: {error}",
-                    stacklevel=2,
-                )
-
     def do_now(self, move: Move) -> None:
         """What the plan does here can be undone, and its memory is watched from now on."""
-        self.plan.do_now(move, self.undo)
+        do_now(self.plan, move, self.undo)
         self._note_memory(move.target)
 
     def unshare(self, exposed: object) -> bool:
@@ -97,7 +84,7 @@ class Journal:
 
     def _unshare(self, tensor: Tensor) -> None:
         with undisturbed():
-            self.plan.unshare(tensor, self.undo)
+            unshare(self.plan, tensor, self.undo)
         self._note_memory(tensor)
 
     def _lying_in(self, memory: object) -> list[Tensor]:

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules._reuse_tensors._journal import Journal
-from torch.nn.modules._reuse_tensors._plan import Move, Plan
+from torch.nn.modules._reuse_tensors._plain import (
+    persistent_of,
+    plan_module,
+    StockModules,
+)
+from torch.nn.modules._reuse_tensors._plan import Move, Plan, WRITE
+from torch.nn.modules._reuse_tensors._stock import deal
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 
@@ -37,7 +43,7 @@ class Walk:
         self.post_hooks: list[tuple[Module, int, int]] = []
         self._plan = plan
         self._journal = journal
-        self._is_stock_type: dict[type, bool] = {}
+        self._is_stock = StockModules()
         # NB: hooks and overrides may edit this one; the caller's stays as it is.
         self._state_dict: OrderedDict[str, Any] = OrderedDict(state_dict)
         metadata = getattr(state_dict, "_metadata", None)
@@ -52,13 +58,13 @@ class Walk:
     def _visit(
         self, module: Module, prefix: str, state_dict: dict[str, Any], keys: list[str]
     ) -> None:
-        by_child, own = _deal(keys, len(prefix)) if module._modules else ({}, keys)
+        by_child, own = deal(keys, len(prefix)) if module._modules else ({}, keys)
         if not self._plan_module(module, prefix, state_dict, keys, own, by_child):
             if prefix:
                 state_dict = {key: state_dict[key] for key in keys}
             self._run_module(module, prefix, state_dict)
             keys = [key for key in state_dict if key.startswith(prefix)]
-            by_child, own = _deal(keys, len(prefix))
+            by_child, own = deal(keys, len(prefix))
         for name, child in module._modules.items():
             if child is not None:
                 child_prefix = f"{prefix}{name}."
@@ -80,52 +86,30 @@ class Walk:
         by_child: Mapping[str, list[str]],
     ) -> bool:
         """Plan the tensors of this module; false, and no trace, if it has to load itself."""
-        if module._load_state_dict_pre_hooks or not self._loads_as_stock(module):
+        if (
+            not self._is_stock(module, module.__dict__)
+            or prefix + _EXTRA_STATE_KEY_SUFFIX in state_dict
+        ):
             return False
         moves: list[Move] = []
-        missing: list[tuple[str, Tensor]] = []
-        for name, tensor in _persistent(module).items():
-            key = prefix + name
-            if tensor is None:
-                continue
-            if key not in state_dict:
-                missing.append((key, tensor))
-                continue
-            move = self._plan.propose(key, tensor, state_dict[key])
-            if move is None:
-                return False
-            moves.append(move)
+        left: list[tuple[str, Tensor, bool]] = []
+        if not plan_module(
+            self._plan, module.__dict__, prefix, state_dict, moves, left
+        ):
+            return False
+        self._plan.add(moves)
+        self._plan.left += left
+        self.missing_keys += [key for key, _, persistent in left if persistent]
         children = module._modules
         if len(moves) < len(own) or any(name not in children for name in by_child):
-            if prefix + _EXTRA_STATE_KEY_SUFFIX in state_dict:
-                return False
             self.unexpected_keys += _unexpected(module, prefix, keys)
-        self._plan.add(moves)
-        for key, tensor in missing:
-            self.missing_keys.append(key)
-            self._plan.leave(key, tensor)
-        if module._non_persistent_buffers_set:
-            for name, tensor in module._buffers.items():
-                if tensor is not None and name in module._non_persistent_buffers_set:
-                    self._plan.leave(prefix + name, tensor)
         return True
-
-    def _loads_as_stock(self, module: Module) -> bool:
-        cls = type(module)
-        stock = self._is_stock_type.get(cls)
-        if stock is None:
-            stock = self._is_stock_type[cls] = (
-                cls._load_from_state_dict is Module._load_from_state_dict
-                and cls.set_extra_state is Module.set_extra_state
-                and not issubclass(cls, torch.jit.ScriptModule)
-            )
-        return stock and "_load_from_state_dict" not in module.__dict__
 
     def _run_module(
         self, module: Module, prefix: str, state_dict: dict[str, Any]
     ) -> None:
         """Let the module load itself, at once but undoably."""
-        own, errors = _own(module), len(self.error_msgs)
+        own = _own(module)
         # NB: TorchScript refers to the TensorImpl, so tell it when that was exchanged.
         is_script = isinstance(module, torch.jit.ScriptModule)
         if is_script:
@@ -145,11 +129,9 @@ class Walk:
         persistent = _persistent(module)
         for _, name, tensor in _own(module):
             key = prefix + name
-            self._plan.leave(key, tensor)
+            self._plan.left.append((key, tensor, name in persistent))
             if name in persistent and key in state_dict:
-                self._plan.loaded.append((key, tensor, state_dict[key]))
-                if tensor.is_meta and len(self.error_msgs) == errors:
-                    self._plan.not_loaded.append(key)
+                self._plan.loaded.append(Move(key, tensor, state_dict[key], WRITE))
 
     def _metadata_of(self, prefix: str) -> dict[str, Any]:
         if not self._metadata_is_ours:
@@ -174,32 +156,15 @@ def _own(module: Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     ]
 
 
+def _persistent(module: Module) -> dict[str, Tensor | None]:
+    return persistent_of(
+        module._parameters, module._buffers, module._non_persistent_buffers_set
+    )
+
+
 def _set_own(own: list[tuple[dict[str, Any], str, Tensor]]) -> None:
     for tensors, name, tensor in own:
         tensors[name] = tensor
-
-
-def _persistent(module: Module) -> Mapping[str, Tensor | None]:
-    if not module._buffers:
-        return module._parameters
-    skip = module._non_persistent_buffers_set
-    buffers = {name: t for name, t in module._buffers.items() if name not in skip}
-    return {**module._parameters, **buffers}
-
-
-def _deal(keys: list[str], n: int) -> tuple[dict[str, list[str]], list[str]]:
-    """Split keys, less their first ``n`` characters, into each child's and the others."""
-    by_child: dict[str, list[str]] = {}
-    others: list[str] = []
-    for key in keys:
-        dot = key.find(".", n)
-        if dot < 0:
-            others.append(key)
-        elif (name := key[n:dot]) in by_child:
-            by_child[name].append(key)
-        else:
-            by_child[name] = [key]
-    return by_child, others
 
 
 def _unexpected(module: Module, prefix: str, keys: list[str]) -> Iterator[str]:
