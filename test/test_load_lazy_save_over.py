@@ -138,6 +138,16 @@ class TestSaveOver(TestCase):
         for name, value in self.state.items():
             self.assertEqual(lazy[name], value)
 
+    @forked
+    def test_deferred(self):
+        lazy = torch.load(self.path, lazy=True, mmap=False)
+        row, other = lazy["b"][7:9], torch.load(self.path, lazy=True, mmap=False)
+        self.assertOldAndNew(lazy)
+        self.assertEqual(row, torch.zeros(2, dtype=torch.int64))
+        self.assertFiles("model.v1.pt")
+        with self.assertRaisesRegex(RuntimeError, "got another file at offset"):
+            other["a"].sum()
+
     @parametrize("save_by", ["link", "target"])
     @forked
     def test_symbolic_links(self, save_by):

@@ -19,6 +19,8 @@ from contextlib import suppress
 from os.path import samestat
 from typing import Any, BinaryIO, NoReturn, Protocol
 
+from torch._load_lazy import _live
+
 
 class Source(Protocol):
     """The bytes of one file.
@@ -69,6 +71,7 @@ class FileSource:
         self.size = status.st_size - base
         self._identity = _identity(status)
         self._base = base
+        _live.add(self, status)
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Fills ``out`` with the bytes from offset ``start`` on. See ``Source``."""
