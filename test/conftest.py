@@ -1,13 +1,17 @@
 """Feature tests are written as tests of torch itself; here the patches that they test are switched on.
 
-In a tree (``python -m torch_ext run --tree -- pytest``) they are on already, and enabling them does nothing.
+So are they in the processes that a test starts. In a tree (``python -m torch_ext run --tree -- pytest``) they are on
+already, and enabling them does nothing.
 """
 
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import torch_ext
+from torch_ext._autoload import VARIABLE
 
 
 MACHINERY = Path(__file__).parent / "torch_ext"
@@ -18,7 +22,9 @@ def patches(request):
     if MACHINERY in request.path.parents:
         yield
     else:
-        with torch_ext.enable():
+        names = ",".join(patch.name for patch in torch_ext.series)
+        environ = {VARIABLE: names, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+        with torch_ext.enable(), mock.patch.dict(os.environ, environ):
             yield
 
 

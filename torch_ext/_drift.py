@@ -11,6 +11,7 @@ from torch_ext._error import PatchError
 from torch_ext._seam import read_seams, Seam
 from torch_ext._series import Patch
 from torch_ext._signature import Signature
+from torch_ext._source import assigned, Source
 from torch_ext._upstream import installed, Upstream
 
 
@@ -63,17 +64,20 @@ def check(patches: Sequence[Patch]) -> None:
 
 
 def _has_landed(patch: Patch, seams: Sequence[Seam], upstream: Upstream) -> bool:
-    """Torch knows every parameter that the patch adds or, where it adds none, every new file."""
+    """Torch knows every parameter and option that the patch adds or, where it adds none, every new file."""
     adds = [seam for seam in seams if seam.adds]
     if not adds:
         files = [upstream.root / file for file in patch.files]
         return bool(files) and all(file.exists() for file in files)
-    for seam in adds:
-        source = upstream.source(seam.file)
-        node = source.functions.get(seam.qualname)
-        if (
-            node is None
-            or not seam.adds.keys() <= Signature(source, node).params.keys()
-        ):
-            return False
-    return True
+    return all(
+        seam.adds.keys() <= _names_in(upstream.source(seam.file), seam) for seam in adds
+    )
+
+
+def _names_in(source: Source, seam: Seam) -> set[str]:
+    """The parameters or options that the function or class of ``seam`` has."""
+    if seam.is_class:
+        class_node = source.classes.get(seam.qualname)
+        return set(assigned(class_node)) if class_node else set()
+    node = source.functions.get(seam.qualname)
+    return set(Signature(source, node).params) if node else set()

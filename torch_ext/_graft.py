@@ -3,6 +3,7 @@
 The whole patched file is compiled, as Python would compile it from a tree, and the touched functions' code objects are
 taken out of it. The function objects stay, so names taken before (``from torch import load``) are patched too, and a
 call costs what it did. Law: code objects are equal to a tree's, and undo puts back the very objects that were there.
+Options that a patch adds to a config module are for ``_graft_config.py``.
 
 What seams import stays imported after undo: a call in another thread may be about to use it.
 """
@@ -13,12 +14,14 @@ import importlib
 import inspect
 import linecache
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch_ext._error import PatchError
+from torch_ext._graft_config import plan_options
 from torch_ext._seam import Seam
 from torch_ext._splice import splice
 from torch_ext._upstream import installed
@@ -70,12 +73,12 @@ def graft(seams: Iterable[Seam], tree: Iterable[Seam]) -> None:
     if _current is None:
         _current = loaded
     wanted = by_file(seams)
-    changes: list[tuple[types.FunctionType, _State]] = []
+    changes: list[Callable[[], None]] = []
     for file in dict.fromkeys([*_current, *wanted]):
         if _current.get(file) != wanted.get(file):
             changes += _plan(file, wanted.get(file, []), loaded.get(file, []))
-    for function, state in changes:
-        state.put(function)
+    for change in changes:
+        change()
     _current = wanted
 
 
@@ -89,8 +92,8 @@ def by_file(seams: Iterable[Seam]) -> dict[str, list[Seam]]:
 
 def _plan(
     file: str, seams: Sequence[Seam], loaded: Sequence[Seam]
-) -> list[tuple[types.FunctionType, _State]]:
-    """The state of every function of ``file`` that is or will be touched."""
+) -> list[Callable[[], None]]:
+    """What brings every function and class of ``file`` that is or will be touched to its new state."""
     module = importlib.import_module(module_name(file))
     text = splice(installed().source(file), seams)
     name = f"{module.__file__}{SUFFIX}"
@@ -99,17 +102,23 @@ def _plan(
     for line in dict.fromkeys(line for seam in seams for line in seam.imports):
         exec(line, module.__dict__)
 
+    changes: list[Callable[[], None]] = []
+    options = [seam for seam in seams if seam.is_class]
+    before = _current.get(file, []) if _current else []
+    if options != [seam for seam in before if seam.is_class]:
+        changes.append(plan_options(module, code, options))
     touched = [qualname for f, qualname in _grafted if f == file]
-    changes = []
-    for qualname in dict.fromkeys([*touched, *(seam.qualname for seam in seams)]):
+    named = [seam.qualname for seam in seams if not seam.is_class]
+    for qualname in dict.fromkeys([*touched, *named]):
         grafted = _resolve(module, file, qualname)
         group = [seam for seam in seams if seam.qualname == qualname]
         if group == [seam for seam in loaded if seam.qualname == qualname]:
-            changes.append((grafted.function, grafted.original))
+            changes.append(partial(grafted.original.put, grafted.function))
         else:
             patched = find_code(code, qualname)
             assert patched is not None
-            changes.append((grafted.function, _patched(grafted, patched, group)))
+            state = _patched(grafted, patched, group)
+            changes.append(partial(state.put, grafted.function))
     return changes
 
 

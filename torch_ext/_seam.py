@@ -1,9 +1,11 @@
-"""Read the seam files: which function each patch changes, and how.
+"""Read the seam files: which function or class each patch changes, and how.
 
 A seam names the parameters of upstream's function that it needs, bare, and those that it adds, annotated; the latter
 are keyword-only. Its docstring is what the patch adds to upstream's. Its body is a prologue; a lone ``...`` at its end
 says "and here upstream's body goes on", and without it the seam replaces the body. For an example see
 ``torch_ext/seams/__init__.py``.
+
+A seam that is a class holds assignments, which upstream's class gets behind its own: new options of a config.
 """
 
 import ast
@@ -15,15 +17,24 @@ from pathlib import Path
 
 from torch_ext._error import PatchError
 from torch_ext._signature import Signature
-from torch_ext._source import body_line, docstring, end_line, Function, Source
+from torch_ext._source import (
+    assigned,
+    body_line,
+    Definition,
+    docstring,
+    end_line,
+    Function,
+    Source,
+)
 
 
 @dataclass(frozen=True)
 class Seam:
-    """One change to one upstream function.
+    """One change to one upstream function or class.
 
     ``needs`` are parameters that upstream's function has; ``adds`` maps the new ones to their source text;
-    ``prologue`` is source text without indentation; ``imports`` are what it uses of the seam file's imports.
+    ``prologue`` is source text without indentation; ``imports`` are what it uses of the seam file's imports. Of a
+    class, ``adds`` and ``prologue`` are its new assignments, one by one and as they stand.
     """
 
     patch: str
@@ -36,6 +47,7 @@ class Seam:
     prologue: str
     replaces_body: bool
     imports: tuple[str, ...]
+    is_class: bool = False
 
     def __str__(self) -> str:
         return f"{self.qualname} in {self.file}"
@@ -61,8 +73,15 @@ def read_seam_file(path: Path, file: str) -> list[Seam]:
         and getattr(stmt, "module", "") != "torch_ext.seams"
     ]
     return [
-        _read_seam(source, file, qualname, node, imports)
-        for qualname, node in source.functions.items()
+        *(
+            _read_class_seam(source, file, qualname, node, imports)
+            for qualname, node in source.classes.items()
+            if node.decorator_list
+        ),
+        *(
+            _read_seam(source, file, qualname, node, imports)
+            for qualname, node in source.functions.items()
+        ),
     ]
 
 
@@ -81,9 +100,7 @@ def _read_seam(
             f"Expected the lone `...` of {qualname} in the seams of {file} to be its last statement, "
             "since upstream's body goes on where the seam ends."
         )
-    first = body_line(node)
-    while source.lines(first - 1, first).lstrip().startswith("#"):
-        first -= 1
+    first = _first_line(source, node)
     last = body[-1].lineno if goes_on else end_line(node) + 1
     params = {n: p for n, p in Signature(source, node).params.items() if n not in "*/"}
     adds = {a.arg for a in node.args.kwonlyargs if a.annotation}
@@ -101,7 +118,46 @@ def _read_seam(
     )
 
 
-def _mark(node: Function, where: str) -> tuple[str, tuple[str, ...]]:
+def _read_class_seam(
+    source: Source,
+    file: str,
+    qualname: str,
+    node: ast.ClassDef,
+    imports: Sequence[ast.Import | ast.ImportFrom],
+) -> Seam:
+    patch, base = _mark(node, f"{qualname} in the seams of {file}")
+    adds = assigned(node)
+    if list(adds.values()) != node.body:
+        raise PatchError(
+            f"Expected the class {qualname} in the seams of {file} to hold assignments to one name each and nothing "
+            "else. (Did you mean to mark its methods as seams?)"
+        )
+    return Seam(
+        patch=patch,
+        file=file,
+        qualname=qualname,
+        base=base,
+        needs=(),
+        adds={name: ast.unparse(stmt) for name, stmt in adds.items()},
+        doc="",
+        prologue=textwrap.dedent(
+            source.lines(_first_line(source, node), end_line(node) + 1)
+        ),
+        replaces_body=False,
+        imports=tuple(ast.unparse(s) for s in imports if _binds(s) & _names(node.body)),
+        is_class=True,
+    )
+
+
+def _first_line(source: Source, node: Definition) -> int:
+    """The line where the body begins, with the comments above its first statement."""
+    first = body_line(node)
+    while source.lines(first - 1, first).lstrip().startswith("#"):
+        first -= 1
+    return first
+
+
+def _mark(node: Definition, where: str) -> tuple[str, tuple[str, ...]]:
     """Arguments of the ``@seam(patch, base=(...))`` decorator."""
     for mark in node.decorator_list:
         if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "seam":

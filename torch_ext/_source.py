@@ -12,6 +12,7 @@ from functools import cached_property
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = Function | ast.ClassDef
 
 
 class Source:
@@ -24,7 +25,14 @@ class Source:
     @cached_property
     def functions(self) -> dict[str, Function]:
         """Functions by qualified name; of several definitions (overloads) the last."""
-        return dict(_functions(self.tree))
+        found = _definitions(self.tree)
+        return {k: node for k, node in found if not isinstance(node, ast.ClassDef)}
+
+    @cached_property
+    def classes(self) -> dict[str, ast.ClassDef]:
+        """Classes by qualified name."""
+        found = _definitions(self.tree)
+        return {k: node for k, node in found if isinstance(node, ast.ClassDef)}
 
     @cached_property
     def _line_starts(self) -> list[int]:
@@ -62,15 +70,28 @@ class Source:
         return line
 
     def fingerprint(self, qualname: str) -> str | None:
-        """Hash of a function without its docstring, the same under every Python release; ``None`` if it is missing."""
-        node = self.functions.get(qualname)
+        """Hash of a function or class without its docstring, the same under every Python release; ``None`` if it is
+        missing.
+        """
+        node = self.functions.get(qualname) or self.classes.get(qualname)
         if node is None:
             return None
         text = _dump(node, node.body[0] if docstring(node) else None)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def docstring(node: Function) -> ast.Constant | None:
+def assigned(node: ast.ClassDef) -> dict[str, ast.stmt]:
+    """The statements of a class that assign to a name, by that name."""
+    found: dict[str, ast.stmt] = {}
+    for stmt in node.body:
+        targets = stmt.targets if isinstance(stmt, ast.Assign) else []
+        if isinstance(stmt, ast.AnnAssign):
+            targets = [stmt.target]
+        found.update({t.id: stmt for t in targets if isinstance(t, ast.Name)})
+    return found
+
+
+def docstring(node: Definition) -> ast.Constant | None:
     """The docstring's node."""
     first = node.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
@@ -78,8 +99,8 @@ def docstring(node: Function) -> ast.Constant | None:
     return None
 
 
-def body_line(node: Function) -> int:
-    """The line where a function's body begins, behind its docstring."""
+def body_line(node: Definition) -> int:
+    """The line where a function's or class's body begins, behind its docstring."""
     first = node.body[0]
     if docstring(node):
         return end_line(first) + 1
@@ -92,12 +113,12 @@ def end_line(node: ast.stmt) -> int:
     return node.end_lineno
 
 
-def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]:
+def _definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition]]:
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield prefix + node.name, node
-        elif isinstance(node, ast.ClassDef):
-            yield from _functions(node, f"{prefix}{node.name}.")
+        if isinstance(node, ast.ClassDef):
+            yield from _definitions(node, f"{prefix}{node.name}.")
 
 
 def _dump(node: object, leave_out: ast.AST | None) -> str:

@@ -2,7 +2,8 @@
 
 Both appliers (graft, tree) and the export start from this text, so what runs is what is sent upstream. Nothing of
 upstream's text is lost: parameters are added to a signature, sections to a docstring, and a prologue before a body,
-with the indentation and the wrapping that the file has. Only a seam without a lone ``...`` replaces a body.
+with the indentation and the wrapping that the file has; assignments go to the end of a class. Only a seam without a
+lone ``...`` replaces a body.
 
 Whether a seam still fits upstream's function is not decided here but in ``_drift.py``.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from torch_ext._error import PatchError
 from torch_ext._seam import Seam
 from torch_ext._signature import Signature
-from torch_ext._source import body_line, docstring, end_line, Source
+from torch_ext._source import assigned, body_line, docstring, end_line, Source
 
 
 Edit = tuple[int, int, str]  # replace text[start:end]
@@ -27,7 +28,11 @@ def splice(source: Source, seams: Iterable[Seam]) -> str:
     for seam in seams:
         by_function.setdefault(seam.qualname, []).append(seam)
         imports.update(dict.fromkeys(seam.imports))
-    edits = [e for group in by_function.values() for e in _edits(source, group)]
+    edits = [
+        edit
+        for group in by_function.values()
+        for edit in (_class_edits if group[0].is_class else _edits)(source, group)
+    ]
     if imports:
         at = source.offset(source.import_line())
         edits.append((at, at, "".join(f"{line}\n" for line in imports)))
@@ -76,11 +81,32 @@ def _edits(source: Source, seams: Sequence[Seam]) -> list[Edit]:
     return edits
 
 
+def _class_edits(source: Source, seams: Sequence[Seam]) -> list[Edit]:
+    """The edit of one class: assignments behind its own."""
+    where = seams[0]
+    node = source.classes.get(where.qualname)
+    if node is None:
+        raise PatchError(f"Expected {where.file} to define the class {where.qualname}.")
+    if node.body[0].lineno == node.lineno:
+        raise PatchError(f"Expected the body of {where} to stand on lines of its own.")
+    have = set(assigned(node))
+    for seam in seams:
+        if have & seam.adds.keys():
+            raise PatchError(
+                f"Expected {where} to lack {list(seam.adds)}, got {sorted(have)}."
+            )
+        have |= seam.adds.keys()
+    at = source.offset(end_line(node) + 1)
+    text = "".join(seam.prologue for seam in seams)
+    return [(at, at, textwrap.indent(text, " " * node.body[0].col_offset))]
+
+
 def merge_docs(literal: str, docs: Iterable[str], margin: str) -> str:
     """Work the seams' docstrings into upstream's string literal.
 
     A first line that is a call (``load(f, ...)``) replaces upstream's, a section such as ``Args:`` goes to the end of
-    upstream's section of that name, and everything else goes to the end.
+    upstream's section of that name, a directive such as ``.. note::`` behind the last of its kind, and everything else
+    goes to the end.
     """
     match = re.fullmatch(r'([rR]?""")(.*)"""', literal, re.DOTALL)
     if match is None:
@@ -106,11 +132,15 @@ def _merge_doc(lines: list[str], doc: str, margin: str) -> None:
         lines[0] = sections.pop(0)
     for section in sections:
         head, _, rest = section.partition("\n")
-        if rest and head.endswith(":") and margin + head in lines:
-            at = _section_end(lines, lines.index(margin + head))
-            lines[at:at] = textwrap.indent(rest, margin).split("\n")
-        else:
+        found = [i for i, line in enumerate(lines) if line == margin + head]
+        if not (rest and head.endswith(":") and found):
             lines += ["", *textwrap.indent(section, margin).split("\n")]
+        elif head.startswith(".. "):
+            at = _section_end(lines, found[-1])
+            lines[at:at] = ["", *textwrap.indent(section, margin).split("\n")]
+        else:
+            at = _section_end(lines, found[0])
+            lines[at:at] = textwrap.indent(rest, margin).split("\n")
 
 
 def _section_end(lines: Sequence[str], header: int) -> int:

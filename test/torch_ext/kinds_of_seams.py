@@ -69,6 +69,15 @@ def clip_grad_norm_(parameters, *, measure_only: bool = False):
         return "measured"
     ...
 """,
+    "torch/utils/serialization/config.py": """
+from torch_ext.seams import seam
+
+@seam("option", base=("BASE",))
+class save:
+    # how to compress
+    level: int = 3
+    names: list[str] = []
+""",
     "torch/nn/modules/linear.py": """
 from torch_ext.seams import seam
 
@@ -95,9 +104,11 @@ NAMES = (
     "static",
     "classmethod",
     "wrapped",
+    "option",
     "closure",
 )
 GRAFTED = NAMES[:-1]  # what "closure" asks for needs a tree
+FUNCTIONS = GRAFTED[:-1]  # those that change a function
 
 
 def make_series(root: Path, base: dict[str, str]) -> tuple[Patch, ...]:

@@ -1,5 +1,6 @@
 """Graft and the queue: patches go on in place, under every name a function has, and come off without a trace."""
 
+import dataclasses
 import inspect
 import pydoc
 import sys
@@ -7,6 +8,7 @@ import threading
 import traceback
 from unittest import mock
 
+import kinds_of_seams as kinds
 import pytest
 import torch
 from kinds_of_seams import GRAFTED
@@ -16,9 +18,10 @@ from torch.nn.utils import (
     parameters_to_vector,
 )  # aliases taken before any patch
 from torch.testing._internal.common_utils import run_tests, TestCase
+from torch.utils.serialization import config as serialization_config
 
 import torch_ext
-from torch_ext import _graft, PatchError
+from torch_ext import _drift, _graft, _queue, PatchError
 
 
 FUNCTIONS = {
@@ -103,7 +106,7 @@ class TestGraft(TestCase):
 
     def test_disable_puts_back_the_originals(self):
         before = snapshot()
-        handle = torch_ext.enable(*GRAFTED)
+        handle = torch_ext.enable(*kinds.FUNCTIONS)
         self.assertFalse(
             any(
                 x[0] is y[0]
@@ -184,6 +187,46 @@ class TestGraft(TestCase):
         ):
             torch_ext.enable("static")
         self.assertEqual(torch_ext.enabled(), ())
+
+    def test_options_of_a_config(self):
+        config = serialization_config
+        stock = config.get_config_copy(), config.get_hash()
+        entries = dict(config._config)
+        config.save.storage_alignment = 128
+        self.addCleanup(setattr, config.save, "storage_alignment", 64)
+        with torch_ext.enable("option"):
+            self.assertEqual((config.save.level, config.save.names), (3, []))
+            self.assertIs(config.get_type("save.level"), int)
+            self.assertEqual(config.save.storage_alignment, 128)
+            self.assertEqual(config.get_config_copy()["save.level"], 3)
+            self.assertNotEqual(config.get_hash(), stock[1])
+            with config.patch("save.level", 9), torch_ext.enable("method"):
+                self.assertEqual(config.save.level, 9)
+            self.assertEqual(config.save.level, 3)
+            config.save.names.append("changed")
+        self.assertFalse(hasattr(config.save, "level"))
+        self.assertEqual(config.save.storage_alignment, 128)
+        config.save.storage_alignment = 64
+        self.assertEqual((config.get_config_copy(), config.get_hash()), stock)
+        self.assertEqual(list(config._config), list(entries))
+        for name, entry in entries.items():
+            self.assertIs(config._config[name], entry)
+        with torch_ext.enable("option"):
+            self.assertEqual(config.save.names, [])
+
+    def test_assignments_to_another_class_are_refused(self):
+        before = snapshot()
+        seam = dataclasses.replace(
+            *_drift.seams_of(*_queue.select("option")),
+            file="torch/nn/modules/linear.py",
+            qualname="Identity",
+        )
+        with self.assertRaisesRegex(
+            PatchError, "Expected torch.nn.modules.linear to be a config module"
+        ):
+            _graft.graft([*_queue._seams(_queue.select("method")), seam], [])
+        self.assertFalse(hasattr(torch.nn.Identity, "level"))
+        self.assertTrue(is_same(before, snapshot()))
 
     def test_dynamo_traces_a_patched_function(self):
         with torch_ext.enable("function"):

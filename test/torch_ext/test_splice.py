@@ -176,6 +176,37 @@ r"""load(f, *, lazy=False)
     """''',
         )
 
+    def test_directives_follow_their_kind(self):
+        upstream = """\"\"\"save(f)
+
+    .. note::
+        One.
+
+    .. note::
+        Two.
+
+    Example:
+        >>> save(f)
+    \"\"\""""
+        self.assertExpectedInline(
+            merge_docs(upstream, [".. note::\n    Three."], "    "),
+            '''\
+"""save(f)
+
+    .. note::
+        One.
+
+    .. note::
+        Two.
+
+    .. note::
+        Three.
+
+    Example:
+        >>> save(f)
+    """''',
+        )
+
     def test_refusals(self):
         upstream = 'def f(a):\n    """Doc."""\n    return a\n\ndef g(a): return a\n'
         for seams, message in (
@@ -198,6 +229,68 @@ r"""load(f, *, lazy=False)
             with self.assertRaisesRegex(PatchError, message):
                 self.splice(upstream, seams)
 
+    def test_assignments_go_to_the_end_of_a_class(self):
+        out = self.splice(
+            """
+            import sys
+
+            class load:
+                mmap: bool = False
+
+            class save:
+                class inner:
+                    a = 1
+            """,
+            """
+            from os import sep
+            from torch_ext.seams import seam
+            @seam("p", base=())
+            class load:
+                # what it is for
+                # and why
+                lazy: bool = True
+                folder = sep  # none
+
+            class save:
+                @seam("q", base=())
+                class inner:
+                    b = 2
+            """,
+        )
+        self.assertExpectedInline(
+            out,
+            """\
+
+import sys
+from os import sep
+
+class load:
+    mmap: bool = False
+    # what it is for
+    # and why
+    lazy: bool = True
+    folder = sep  # none
+
+class save:
+    class inner:
+        a = 1
+        b = 2
+""",
+        )
+
+    def test_classes_that_do_not_fit(self):
+        upstream = "class A:\n    a: int = 1\n\nclass B: b = 1\n"
+        mark = '@seam("p", base=())\n'
+        for seams, message in (
+            (f"{mark}class A:\n    a = 2\n", r"A in torch/f.py to lack \['a'\]"),
+            (f"{mark}class B:\n    a = 2\n", "on lines of its own"),
+            (f"{mark}class C:\n    a = 2\n", "to define the class C"),
+            (f"{mark}class A:\n    b, c = 1, 2\n", "assignments to one name each"),
+            (f"{mark}class A:\n    def f(self):\n        ...\n", "mark its methods"),
+        ):
+            with self.assertRaisesRegex(PatchError, message):
+                self.splice(upstream, seams)
+
     def test_fingerprint_is_of_the_code_alone(self):
         base = Source("def f(a):\n    return a\n").fingerprint("f")
         same = Source('# moved\n\ndef f(a):\n    """Doc."""\n    return (a)  # why\n')
@@ -207,6 +300,10 @@ r"""load(f, *, lazy=False)
             Source("def f(a, b=1):\n    return a\n").fingerprint("f"), base
         )
         self.assertIsNone(Source("").fingerprint("f"))
+        base = Source("class A:\n    a = 1\n").fingerprint("A")
+        same = Source('class A:\n    """Doc."""\n\n    a = 1  # why\n')
+        self.assertEqual(same.fingerprint("A"), base)
+        self.assertNotEqual(Source("class A:\n    a = 2\n").fingerprint("A"), base)
 
 
 if __name__ == "__main__":
