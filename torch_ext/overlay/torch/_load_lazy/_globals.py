@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._load_lazy._deferred import DeferredTensor
 from torch._load_lazy._inert import check_keys, Unsupported
 from torch._utils import (
     _rebuild_parameter,
@@ -48,11 +49,17 @@ def _device(*arguments: Any) -> torch.device:
 
 def _parameter(*arguments: Any) -> torch.nn.Parameter:
     data, requires_grad, hooks = arguments
-    if type(data) is not torch.Tensor or type(requires_grad) is not bool:
+    if type(data) not in (torch.Tensor, DeferredTensor):
+        raise Unsupported("Parameter")
+    if type(requires_grad) is not bool:
         raise Unsupported("Parameter")
     if type(hooks) is not OrderedDict or hooks:
         raise Unsupported("Parameter")
-    parameter: torch.nn.Parameter = _rebuild_parameter(data, requires_grad, hooks)
+    if requires_grad and not (data.is_floating_point() or data.is_complex()):
+        raise Unsupported("Parameter")
+    # NB: a deferred tensor knows itself by its torch function.
+    with torch._C._EnableTorchFunction():
+        parameter: torch.nn.Parameter = _rebuild_parameter(data, requires_grad, hooks)
     return parameter
 
 

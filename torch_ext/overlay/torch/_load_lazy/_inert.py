@@ -9,7 +9,6 @@ unpickler returns for the same bytes; for what it does not know it raises
 Not here: what the calls make (``_globals.py``, ``_build.py``), and other protocols than 2.
 """
 
-import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from functools import partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, Protocol
 
+from torch import Size
 from torch._load_lazy._rows import Kind, match_rows
 
 
@@ -33,14 +33,15 @@ from torch._load_lazy._rows import Kind, match_rows
 # - BUILD adds to the __dict__ of an OrderedDict made here, by string keys: it is how
 #   torch.save writes a state dict's _metadata. No __setstate__ is called.
 # - APPEND(S) and SETITEM(S) take an exact list, dict or OrderedDict, all made here. A key
-#   is hashed only if it is a string, a number, None, or a tuple of these: hashing a tuple
-#   nested a million deep would overrun C's stack, as it does in pickle.
+#   is hashed only if it is a string, a number, None, or a short tuple of these: hashing a
+#   tuple nested a million deep would overrun C's stack, as it does in pickle.
 # - PUT takes the next free index and no other. C's Unpickler allocates as far as the index
 #   says: 16 GiB for five bytes. GET takes an index that was put.
 # - Lengths (BINUNICODE, LONG1) are checked against the bytes at hand before their use.
 # - Nesting costs no recursion here or later, since nobody walks the result; a container
 #   may hold itself.
-# - Memory is linear in the pickle's length: an instruction makes at most one object.
+# - Memory is linear in the pickle's length: an instruction makes at most one object, and
+#   what calls copy (bytes of a string, a set of a list) is counted.
 
 
 class Unsupported(Exception):
@@ -55,6 +56,7 @@ class Row(NamedTuple):
     storage_type: Any
     location: Any
     numel: int
+    rest: list[Any]  # of the persistent id
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -73,8 +75,8 @@ class Build(Protocol):
     def tensors(self, layouts: Sequence[Any], keys: list[str]) -> list[Any]: ...
 
 
-_MAX_DEPTH = 1000
 _KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None)})
+_MAX_PARTS = 16  # of a tuple that is a key
 
 
 class Reader:
@@ -93,6 +95,7 @@ class Reader:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._next = 0  # index of the next PUT
+        self._copied = 0  # items and bytes that calls have copied
         self._kinds: dict[Kind, tuple[int, Any]] = {}
         # What rows put into the memo, yielded when it is asked for.
         self._late: list[Iterable[tuple[int, Any]]] = []
@@ -103,7 +106,7 @@ class Reader:
         Raises:
             Unsupported: if the pickle is for torch's own unpickler to judge
         """
-        data, instructions = self._data, _INSTRUCTIONS
+        data, instructions = self._data, INSTRUCTIONS
         if not data.startswith(b"\x80\x02"):
             raise Unsupported("protocol")
         self._at = 2
@@ -220,7 +223,12 @@ class Reader:
         arguments = self._stack.pop()
         if type(arguments) is not tuple:
             raise Unsupported("call")
-        self._stack[-1] = self._build.call(self._stack[-1], arguments)
+        self._stack[-1] = made = self._build.call(self._stack[-1], arguments)
+        if type(made) in (bytes, bytearray, set, Size):
+            self._copied += len(made)
+            # NB: torch.save writes what it copies from once for each copy.
+            if self._copied > len(self._data):
+                raise Unsupported("copies")
 
     def _setstate(self) -> None:
         state = self._stack.pop()
@@ -238,8 +246,6 @@ class Reader:
 
     def _rows(self) -> bool:
         """Reads the tensors from the present instruction on, if it starts some."""
-        if self._next < 256:
-            return False
         rows = match_rows(self._data, self._at - 1)
         if rows is None:
             return False
@@ -268,8 +274,10 @@ class Reader:
     def _read_kind(self, kind: Kind) -> tuple[int, Any]:
         """Returns how many PUTs a row of this kind has, but for the name's; its layout."""
         prefix, storage, place, stride, flags = map(self._operands, kind)
+        location, numel, *rest = storage
         offset, *size = place
-        row = Row._make([*prefix, *storage, offset, tuple(size), tuple(stride), *flags])
+        where = location, numel, rest, offset, tuple(size), tuple(stride)
+        row = Row._make([*prefix, *where, *flags])
         # NB: a PUT follows each tuple but the empty one.
         return 5 + bool(size) + bool(stride), self._build.layout(row)
 
@@ -286,6 +294,8 @@ class Reader:
                 values.append(int.from_bytes(operand, "little", signed=op == ord("J")))
             elif op in b"\x88\x89":
                 values.append(op == 0x88)
+            elif op == ord("N"):
+                values.append(None)
             at += 1 + size
         return values
 
@@ -312,28 +322,14 @@ def check_keys(keys: Iterable[Any]) -> None:
         return
     for key in keys:
         parts = key if type(key) is tuple else (key,)
-        if not _KEY_TYPES.issuperset(map(type, parts)):
-            _check_depth(key)
+        # NB: the same long tuple may be a key, and be hashed, very often.
+        if len(parts) > _MAX_PARTS or not _KEY_TYPES.issuperset(map(type, parts)):
             raise Unsupported("key")
-
-
-def _check_depth(key: Any) -> None:
-    # NB: torch's own unpickler would end the process.
-    level = [key]
-    for _ in range(_MAX_DEPTH):
-        tuples = {id(part): part for part in level if type(part) is tuple}
-        level = list(chain.from_iterable(tuples.values()))
-        if not level:
-            return
-    raise pickle.UnpicklingError(
-        f"Expected keys of a pickle to be nested less than {_MAX_DEPTH} deep, got a tuple "
-        "whose hash would overrun the stack. (Is the file damaged?)"
-    )
 
 
 _OPERAND_SIZES = {ord("h"): 1, ord("j"): 4, ord("K"): 1, ord("M"): 2, ord("J"): 4}
 
-_INSTRUCTIONS: dict[int, Callable[[Reader], None]] = {
+INSTRUCTIONS: dict[int, Callable[[Reader], None]] = {
     ord("("): Reader._mark,
     ord("t"): Reader._tuple,
     ord(")"): lambda self: self._stack.append(()),

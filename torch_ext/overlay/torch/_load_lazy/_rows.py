@@ -16,32 +16,33 @@ from operator import itemgetter
 
 # Note [Rows]
 # ~~~~~~~~~~~
-# After its first tensor and the first 256 PUTs, torch.save writes each tensor as
+# After its first tensor torch.save writes each one as
 #
 #     [name PUT] GET(_rebuild_tensor_v2) ( ( GET("storage") GET(type) key PUT
 #     GET(location) numel t PUT Q offset size PUT stride PUT requires_grad
 #     GET(OrderedDict) ) R PUT t PUT R PUT
 #
-# with nothing in between, so that a run of them is read by matching. The first byte of an
-# instruction tells its length, but for strings, whose lengths are checked here: the
-# pattern can match in one way only, the one in which an unpickler reads it. All bytes but
-# name, key and PUTs are the same for all tensors of one kind: they are the row's kind,
-# looked at once. Of a row's PUTs the last one is checked, and only those of name, key and
-# tensor are kept: torch.save never refers to the others. (A file that rebinds there what
-# it refers to later is read as if it did not.)
+# (in legacy files, N after numel) with nothing in between, so that a run of them is read
+# by matching. The first byte of an instruction tells its length, but for strings, whose
+# lengths are checked here: the pattern can match in one way only, the one in which an
+# unpickler reads it. All bytes but name, key and PUTs are the same for all tensors of one
+# kind: they are the row's kind, looked at once. Of a row's PUTs the last one is checked,
+# and only those of name, key and tensor are kept: torch.save never refers to the others.
+# (A file that rebinds there what it refers to later is read as if it did not.)
 _GET = rb"(?:h.|j....)"
-_PUT = rb"r...."
+_PUT = rb"(?:r....|q.)"
 _INT = rb"(?:K.|M..|J....)"
-_INTS = rb"(?:\)|%b\x85|%b%b\x86|%b%b%b\x87|\((?:%b){4,64}t)" % ((_INT,) * 7)
+_INTS = rb"(?:\)|%b(?:\x85|%b(?:\x86|%b\x87))|\((?:%b){4,64}t)" % ((_INT,) * 4)
 _ROW = re.compile(
     rb"(?:X(.)\0\0\0([\w.]+)" + _PUT + rb")?"
     rb"(" + _GET + rb"\(\(" + _GET + _GET + rb")"
-    rb"X(.)\0\0\0(\d+)" + _PUT + rb"(" + _GET + _INT + rb")t" + _PUT + rb"Q"
+    rb"X(.)\0\0\0(\d+)" + _PUT + rb"(" + _GET + _INT + rb"N?)t" + _PUT + rb"Q"
     rb"(" + _INT + _INTS + rb")(?:" + _PUT + rb")?(" + _INTS + rb")(?:" + _PUT + rb")?"
-    rb"([\x88\x89]" + _GET + rb")\)R" + _PUT + rb"t" + _PUT + rb"Rr(....)",
+    rb"([\x88\x89]" + _GET + rb")\)R" + _PUT + rb"t" + _PUT + rb"R(?:r(....)|q(.))",
     re.DOTALL,
 )
-_NAME_LENGTH, _NAME, _KEY_LENGTH, _KEY, _LAST_PUT = map(itemgetter, (0, 1, 3, 4, 9))
+_NAME_LENGTH, _NAME, _KEY_LENGTH, _KEY = map(itemgetter, (0, 1, 3, 4))
+_LONG_PUT, _SHORT_PUT = map(itemgetter, (9, 10))
 _KIND = itemgetter(2, 5, 6, 7, 8)
 
 # NB: rows are read this many at a time, so that what they leave is freed before the
@@ -64,16 +65,18 @@ class Rows:
 
     def __init__(self, matches: list[re.Match[bytes]]) -> None:
         groups = [match.groups(b"") for match in matches]
-        self.names = [name.decode("ascii") for name in map(_NAME, groups)]
-        self.keys = [key.decode("ascii") for key in map(_KEY, groups)]
+        # NB: no name and no key holds a line's end.
+        self.names = b"\n".join(map(_NAME, groups)).decode("ascii").split("\n")
+        self.keys = b"\n".join(map(_KEY, groups)).decode("ascii").split("\n")
         self.kinds: list[Kind] = list(map(_KIND, groups))
-        indices = array("I", b"".join(map(_LAST_PUT, groups)))
+        # Indices of one byte come before those of four.
+        indices = array("I", b"".join(map(_LONG_PUT, groups)))
         if sys.byteorder == "big":
             indices.byteswap()
-        self.indices = indices.tolist()
+        self.indices = [*b"".join(map(_SHORT_PUT, groups)), *indices]
         self.end = matches[-1].end()
-        named = [name for name in map(_NAME, groups) if name]
-        if b"".join(map(_NAME_LENGTH, groups)) != bytes(map(len, named)):
+        lengths = bytes(filter(None, map(len, self.names)))
+        if b"".join(map(_NAME_LENGTH, groups)) != lengths:
             raise ValueError("a name has another length than it says")
         if b"".join(map(_KEY_LENGTH, groups)) != bytes(map(len, self.keys)):
             raise ValueError("a key has another length than it says")

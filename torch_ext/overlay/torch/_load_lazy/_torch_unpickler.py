@@ -7,16 +7,19 @@ the error where torch refuses the pickle, are torch.load's.
 """
 
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import _weights_only_unpickler
 from torch._load_lazy._map import Mapping
+from torch._load_lazy._open import forgotten_if_failed, SIGNS_OF_DAMAGE
+from torch._load_lazy._places import carrying
+from torch._load_lazy._screen import Refused, screen
 from torch._load_lazy._zip import Archive
-from torch.serialization import _load, _serialization_tls
+from torch.serialization import _load
 
 
 class Records:
@@ -25,6 +28,7 @@ class Records:
     def __init__(self, archive: Archive, mapping: Mapping) -> None:
         self._archive = archive
         self._mapping = mapping
+        self.key = ""  # of the storage asked for last
 
     def has_record(self, name: str) -> bool:
         # NB: without a format version torch computes no offsets of its own.
@@ -37,7 +41,10 @@ class Records:
         return self._archive.extent(_key(name))[0]
 
     def get_storage_from_record(self, name: str, nbytes: int, _: Any) -> torch.Tensor:
-        storage = self._mapping.storage(self._archive.extent(_key(name), nbytes))
+        if type(nbytes) is not int:
+            raise TypeError(f"expected an int of bytes, got {type(nbytes).__name__}")
+        self.key = _key(name)
+        storage = self._mapping.storage(self._archive.extent(self.key, nbytes))
         return torch.empty((0,), dtype=torch.uint8, device="cpu").set_(storage)
 
     def serialization_id(self) -> str:
@@ -49,14 +56,28 @@ def _key(name: str) -> str:
     return name.removeprefix("data/")
 
 
-@contextmanager
-def _kept_map_location() -> Iterator[None]:
-    # NB: a load that raises leaves this set in torch.
-    before = _serialization_tls.map_location
+def _recalled(
+    records: Records,
+    restored: dict[str, torch.UntypedStorage],
+    map_location: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Returns ``map_location``, not called again for storages that it was called for."""
+
+    def recall(storage: Any, location: str) -> Any:
+        known = restored.get(records.key)
+        if known is not None:
+            return known
+        return carrying(map_location)(storage, location)
+
+    return recall
+
+
+def check(archive: Archive) -> None:
+    """Raises if the file's pickle asks more of torch's unpickler than it may."""
     try:
-        yield
-    finally:
-        _serialization_tls.map_location = before
+        screen(archive.read("data.pkl"), archive.size)
+    except Refused as refusal:
+        archive.bad_record("data.pkl", "a pickle of a state dict", str(refusal))
 
 
 def load(
@@ -64,6 +85,7 @@ def load(
     mapping: Mapping,
     map_location: Any,
     pickle_module: ModuleType | None,
+    restored: dict[str, torch.UntypedStorage],
     **pickle_load_args: Any,
 ) -> Any:
     """Loads as torch.load does, with storages over ``mapping``.
@@ -73,6 +95,7 @@ def load(
         mapping: the file's bytes
         map_location: as for torch.load
         pickle_module: as for torch.load; ``None`` for ``weights_only``
+        restored: what a callable ``map_location`` has made of storages already, by key
         pickle_load_args: as for torch.load
     """
     pickle_load_args.setdefault("encoding", "utf-8")
@@ -80,13 +103,26 @@ def load(
     if "weights_only" in (_load.__kwdefaults__ or {}):
         pickle_load_args["weights_only"] = pickle_module is None
     module = pickle_module or _weights_only_unpickler
-    with _kept_map_location():
-        try:
-            return _load(
-                Records(archive, mapping), map_location, module, **pickle_load_args
-            )
-        except pickle.UnpicklingError:
-            if pickle_module is None:
-                # torch.load words the refusal; to meta, it does so without reading data.
-                torch.load(archive.name, map_location="meta", weights_only=True)
+    records = Records(archive, mapping)
+    if callable(map_location):
+        map_location = _recalled(records, restored, map_location)
+    try:
+        with forgotten_if_failed():
+            try:
+                return _load(records, map_location, module, **pickle_load_args)
+            except pickle.UnpicklingError:
+                if pickle_module is None:
+                    _refuse(archive.name)
+                raise
+    except SIGNS_OF_DAMAGE as error:
+        if pickle_module is not None or archive.name in str(error):
             raise
+        got = f"one on which torch's unpickler raised {type(error).__name__}: {error}"
+        archive.bad_record("data.pkl", "a pickle of a state dict", got)
+
+
+def _refuse(path: str) -> None:
+    """Raises what torch.load raises for a file that weights_only forbids, and reads no data."""
+    with suppress(NotImplementedError):  # not all tensors can be on meta
+        torch.load(path, map_location="meta", weights_only=True)
+    torch.load(path, mmap=True, weights_only=True)

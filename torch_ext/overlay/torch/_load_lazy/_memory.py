@@ -1,0 +1,97 @@
+"""Pages from the system as buffers: those of a file, mapped privately, and a process' own.
+
+A buffer's pages go back to the system with its last use; no file descriptor stays open.
+Law: writes never reach a file.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import sys
+import weakref
+from functools import cache
+from typing import Any
+
+
+# Not named by Python's mmap. Without it the kernel's accounting refuses a private
+# writable mapping of a file larger than memory (pytorch #127001).
+_MAP_NORESERVE = {"darwin": 0x40}.get(
+    sys.platform, 0x40 if platform.machine().startswith("ppc") else 0x4000
+)
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+_FAILED = ctypes.c_void_p(-1).value
+
+# Whether `detach` can be.
+CAN_DETACH = sys.platform == "linux"
+
+
+def of_file(fileno: int, size: int, name: str) -> Any:
+    """Returns a buffer over the first ``size`` bytes of an open file."""
+    if sys.platform == "win32":
+        return memoryview(mmap.mmap(fileno, size, access=mmap.ACCESS_COPY))
+    return memoryview(_pages(_map(mmap.MAP_PRIVATE, fileno, size, name), size))
+
+
+def own(size: int) -> Any:
+    """Returns a buffer of ``size`` bytes over zeroed pages."""
+    if sys.platform == "win32":
+        return memoryview(mmap.mmap(-1, size))
+    address = _map(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, size, "memory")
+    return memoryview(_pages(address, size))
+
+
+def ask_for_huge_pages(buffer: Any, start: int, end: int) -> None:
+    """Asks for large pages for a part, not used yet, of a buffer from :func:`own`."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None:
+        _libc().madvise(ctypes.addressof(buffer.obj) + start, end - start, advice)
+
+
+def detach(pages: Any) -> None:
+    """Puts memory of its own, of the same contents, in the place of a file's pages.
+
+    NB: what another thread writes there in the meantime is lost.
+    """
+    address, size = ctypes.addressof(pages), ctypes.sizeof(pages)
+    copy = _map(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, size, "memory")
+    ctypes.memmove(copy, address, size)
+    flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
+    if _libc().mremap(copy, size, size, flags, address) == _FAILED:
+        error = ctypes.get_errno()
+        _libc().munmap(copy, size)
+        raise OSError(error, f"cannot move {size} bytes: {os.strerror(error)}")
+
+
+@cache
+def _libc() -> Any:
+    # NB: Python's mmap keeps a duplicate of the descriptor open for as long as it lives
+    # (before trackfd=False in Python 3.13), so that 1,000 open checkpoints would meet the
+    # limit on open files. libc's does not.
+    libc = ctypes.CDLL(None, use_errno=True)
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype = pointer
+    libc.mmap.argtypes = [pointer, size, number, number, number, ctypes.c_int64]
+    libc.munmap.argtypes = [pointer, size]
+    libc.madvise.argtypes = [pointer, size, number]
+    if CAN_DETACH:
+        libc.mremap.restype = pointer
+        libc.mremap.argtypes = [pointer, size, size, number, pointer]
+    return libc
+
+
+def _map(flags: int, fileno: int, size: int, name: str) -> int:
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    flags |= _MAP_NORESERVE
+    address = _libc().mmap(None, size, protection, flags, fileno, 0)
+    if address == _FAILED:
+        error = ctypes.get_errno()
+        raise OSError(error, f"cannot map {size} bytes: {os.strerror(error)}", name)
+    return int(address)
+
+
+def _pages(address: int, size: int) -> Any:
+    pages = (ctypes.c_char * size).from_address(address)
+    # NB: not at exit, where tensors may still be in use by other threads.
+    weakref.finalize(pages, _libc().munmap, address, size).atexit = False
+    return pages

@@ -1,0 +1,10 @@
+"""Seams of torch/utils/serialization/config.py."""
+
+from torch_ext.seams import seam
+
+
+@seam("load_lazy", base=("3be68a06dbb7991d",))
+class load:
+    # How torch.load(lazy=True) gets at a local file's bytes: "map" maps the file, "read" reads all of it at once, in
+    # several threads, so that what happens to the file later is of no concern.
+    lazy_mode: str = "map"
