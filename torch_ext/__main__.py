@@ -1,4 +1,4 @@
-"""The command line, ``python -m torch_ext``: status, run, export, demo."""
+"""The command line, ``python -m torch_ext``: status, run, export, verify, inspect, demo."""
 
 import argparse
 import os
@@ -75,6 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     mailbox.add_argument("out", type=Path, metavar="OUT")
     mailbox.set_defaults(run=_export)
 
+    verify = commands.add_parser(
+        "verify", help="check the checksum of every record in files of weights"
+    )
+    verify.add_argument("files", nargs="+", metavar="FILE")
+    verify.set_defaults(run=_verify)
+
+    inspect = commands.add_parser(
+        "inspect", help="print what a file of weights holds, without reading tensors"
+    )
+    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+    inspect.set_defaults(run=_inspect)
+
     demo = commands.add_parser("demo", help="load real models, stock against torch_ext")
     _demo.add_arguments(demo)
     demo.set_defaults(run=_demo.run)
@@ -138,6 +151,18 @@ def _export(args: argparse.Namespace) -> int:
     export(args.out, patches, installed())
     print(f"{args.out}: {len(patches)} patches on torch {installed().version()}")
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from torch_ext._tools import verify
+
+    return verify.main(args.files)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from torch_ext._tools import inspect
+
+    return inspect.main(args.file, args.json)
 
 
 if __name__ == "__main__":

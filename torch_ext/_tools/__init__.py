@@ -1,0 +1,1 @@
+"""Commands about files of weights, for the command line; ``python -m torch_ext`` imports each at its use."""
