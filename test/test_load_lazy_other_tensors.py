@@ -167,13 +167,14 @@ class TestLoadLazyOtherTensors(LazyTestCase):
         except Exception:
             return "an error"
 
-    def test_what_is_refused(self):
+    def test_not_all_is_refused(self):
         """The laws above are about more than refusals."""
         state = [torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr()]
         state += [torch.quantize_per_tensor(torch.ones(2), 0.5, 3, torch.qint8)]
         state += [torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])]
         path = self.save(state)
-        lazy = torch.load(path, lazy=True)
+        # torch 2.15 on allows no nested tensors with weights_only.
+        lazy = torch.load(path, lazy=True, weights_only=False)
         self.assertEqual([type(tensor) for tensor in lazy], [torch.Tensor] * 4)
         self.assertEqual(lazy[0].to_dense(), torch.eye(2))
 
