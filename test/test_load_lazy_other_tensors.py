@@ -107,7 +107,7 @@ def described(value):
     """All that there is to see of a loaded object, whatever its tensors are."""
     names = {}
 
-    def look(tensor):
+    def look(tensor, names=names):
         if tensor.is_meta:
             return type(tensor), tensor.size(), tensor.stride(), tensor.dtype
         if tensor.layout is torch.strided and not (
@@ -118,8 +118,9 @@ def described(value):
             return place, kind, version, hooks, note, name, data
         parts, more = parts_of(tensor)
         whole = type(tensor), tensor.layout, tensor.dtype, tensor.requires_grad
-        # NB: of what is no storage but a result, there is nothing to share.
-        return whole, more, [look(part)[:1] + look(part)[-1:] for part in parts]
+        # NB: a part may be a result, which shares with no one and is soon gone.
+        parts = [look(part, names={}) for part in parts]
+        return whole, more, [(part[0], part[-1]) for part in parts]
 
     return see(value, look)
 
