@@ -106,14 +106,27 @@ optimizers that refer to them stay valid.""",
 load_state_dict(assign=True) avoids the copy and loses parameter identity with
 it: ties, optimizers, hooks and attributes. With reuse_tensors=True the module
 is as after the copying load, except that its tensors take over the memory of
-the state dict's where dtype, device and layout agree. A load that raises
-leaves the module as it was.""",
+the state dict's where dtype, device and strides agree; what does not is
+converted one by one. Everything is checked before anything changes, and a load
+that raises, be it from a hook, leaves the module as it was. The result tells
+what was reused and converted, and what is still on meta.
+
+All loads deal out the keys of a module to its children once, instead of
+filtering all keys for each child (#61398, #85743, #173158), so that time is
+linear in the number of tensors. Hooks and overrides get the dicts that they
+always got, and the results are the same bit for bit.""",
         files=("torch/nn/modules/_reuse_tensors",),
         tests=(
             "test/nn/test_reuse_tensors.py",
+            "test/nn/test_reuse_tensors_compat.py",
             "test/nn/test_reuse_tensors_law.py",
+            "test/nn/test_reuse_tensors_memory.py",
+            "test/nn/test_reuse_tensors_table.py",
+            "test/nn/test_reuse_tensors_two_modules.py",
+            "test/nn/test_reuse_tensors_walk.py",
         ),
         requires=("to_empty_skip_materialized",),
+        rfc="rfcs/RFC-0002-load-state-dict-reuse-tensors.md",
     ),
     Patch(
         name="device_context_meta",

@@ -10,8 +10,10 @@ of it then, stay on meta; so does a gradient, which is dropped. A tensor that C+
 to weakly is refused by ``torch._C._swap_tensor_impl`` before anything changes.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -19,11 +21,16 @@ from torch.nn.parameter import is_lazy
 
 
 __all__ = [
+    "PLAIN_KEYS",
+    "PLAIN_KEYS_ON_META",
     "USERS_OF_UNSHARED",
     "has_plain_keys",
+    "impls_for",
+    "is_unshared",
     "meta_ties",
     "storage_like",
-    "swap_back",
+    "swap_all",
+    "swap_back_all",
     "swap_meta",
     "undisturbed",
     "users_of",
@@ -39,26 +46,36 @@ __all__ = [
 # why hooks stop firing after it.
 
 
-def swap_meta(tensor: Tensor, data: Tensor) -> Tensor:
-    """Let ``tensor``, a leaf on meta, have the memory, sizes and dtype of ``data``.
-
-    Returns:
-        Tensor: what :func:`swap_back` needs to undo this.
-    """
-    new = data.detach()
-    if tensor.requires_grad:
-        new.requires_grad_()
-    swap_back(tensor, new)
-    return new
+def swap_meta(tensor: Tensor, data: Tensor) -> None:
+    """Let ``tensor``, a leaf on meta, have the memory, sizes and dtype of ``data``."""
+    swap_all([tensor], impls_for([tensor], [data]))
 
 
-def swap_back(tensor: Tensor, old: Tensor) -> None:
-    """Undo ``old = swap_meta(tensor, ...)``."""
-    torch._C._swap_tensor_impl(tensor, old)
-    if tensor._backward_hooks:
-        tensor._backward_hooks = tensor._backward_hooks
-    if tensor._post_accumulate_grad_hooks:
-        tensor._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
+def impls_for(tensors: list[Tensor], data: Iterable[Tensor]) -> list[Tensor]:
+    """What :func:`swap_all` exchanges ``tensors`` with, for each to have its ``data``."""
+    # NB: unlike detach(), .data does not share the version counter.
+    impls = [values.data for values in data]
+    for impl in compress(impls, map(_get_requires_grad, tensors)):
+        impl.requires_grad = True
+    return impls
+
+
+_get_requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def swap_all(tensors: list[Tensor], impls: list[Tensor]) -> None:
+    """Exchange impls; should that raise, :func:`swap_back_all` undoes what was done."""
+    deque(map(torch._C._swap_tensor_impl, tensors, impls), maxlen=0)
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        get_hooks = getattr(Tensor, hooks).__get__
+        for tensor in compress(tensors, map(get_hooks, tensors)):
+            setattr(tensor, hooks, getattr(tensor, hooks))
+
+
+def swap_back_all(tensors: list[Tensor], impls: list[Tensor]) -> None:
+    """Undo :func:`swap_all`, all of it or as far as it came."""
+    done = [i for i, impl in enumerate(impls) if impl.is_meta]
+    swap_all([tensors[i] for i in done], [impls[i] for i in done])
 
 
 @contextmanager
@@ -68,7 +85,10 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-_plain_keys: set[int] = set()
+# What has_plain_keys found so far; for who cannot afford the call.
+PLAIN_KEYS: set[int] = set()
+PLAIN_KEYS_ON_META: set[int] = set()
+_dispatch_keys = torch._C._dispatch_keys
 
 
 def has_plain_keys(tensor: Tensor) -> bool:
@@ -77,13 +97,13 @@ def has_plain_keys(tensor: Tensor) -> bool:
     Not so for what is sparse, quantized, lazily conjugated, an inference tensor, or
     wrapped by a subclass with ``__torch_dispatch__``.
     """
-    keys = torch._C._dispatch_keys(tensor).raw_repr()
-    if keys in _plain_keys:
+    keys = _dispatch_keys(tensor).raw_repr()
+    if keys in PLAIN_KEYS or keys in PLAIN_KEYS_ON_META:
         return True
     with undisturbed():
-        plain = torch._C._dispatch_keys(torch.empty(0, device=tensor.device))
+        plain = _dispatch_keys(torch.empty(0, device=tensor.device))
     if plain.raw_repr() == keys:
-        _plain_keys.add(keys)
+        (PLAIN_KEYS_ON_META if tensor.is_meta else PLAIN_KEYS).add(keys)
     return plain.raw_repr() == keys
 
 
@@ -93,6 +113,15 @@ def users_of(tensor: Tensor) -> int:
 
 
 USERS_OF_UNSHARED = users_of(torch.empty(1))
+
+
+def is_unshared(tensor: Tensor) -> bool:
+    """Whether no other tensor holds the storage of ``tensor``."""
+    # NB: untyped_storage() makes a Python object that lives as long as the storage.
+    storage: int = torch._C._storage_id(tensor)  # type: ignore[attr-defined]
+    if torch._C._storage_Use_Count(storage) == 1:
+        return True
+    return users_of(tensor) == USERS_OF_UNSHARED
 
 
 def meta_ties(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
@@ -106,7 +135,7 @@ def meta_ties(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
     """
     by_storage: dict[int, dict[int, Tensor]] = {}
     for tensor in tensors:
-        if not is_lazy(tensor) and users_of(tensor) > USERS_OF_UNSHARED:
+        if not is_unshared(tensor) and not is_lazy(tensor):
             key = tensor.untyped_storage()._cdata
             by_storage.setdefault(key, {})[id(tensor)] = tensor
     ties = (list(group.values()) for group in by_storage.values() if len(group) > 1)

@@ -13,31 +13,69 @@ class Module:
         """
         Args:
             reuse_tensors (bool, optional): when ``True``, the module is afterwards as after the
-                copying load (the same :class:`~torch.nn.Parameter` objects, dtypes, ties, hooks
-                and optimizer references), but where shape, dtype, device and strides agree its
-                memory *is* that of the state dict's tensor and nothing is copied. What is on
-                the meta device takes the device of the state dict's tensor. A call that raises
-                leaves the module as it was. The result also has ``reused``, ``converted`` and
-                ``still_meta``: tuples of the keys that share memory, were copied, and are on
-                the meta device even now. Not with ``assign=True``. Default: ``False``
+                copying load (the same :class:`~torch.nn.Parameter` objects, dtypes, ties, hooks,
+                gradients and optimizer references), but where shape, dtype, device and strides
+                agree its memory *is* that of the state dict's tensor and nothing is copied; the
+                table below has each case. A call that raises leaves the module as it was. Not
+                with ``assign=True``. Default: ``False``
+
+        Returns:
+                * With ``reuse_tensors=True`` it also has ``reused``, ``converted`` and
+                    ``still_meta``: tuples of the keys that share memory with the state dict, of
+                    those that were copied, and of the parameters and buffers, non-persistent
+                    ones included, that are on the meta device even now.
+
+        With ``reuse_tensors=True``, the first line that applies says what becomes of a tensor:
+
+        ========================================= =================== ======================================
+        in the module                             in the state dict   outcome
+        ========================================= =================== ======================================
+        any                                       no tensor, or of    an error, as without it
+                                                  another shape
+        not on meta                               on meta             an error, as without it
+        on meta                                   on meta             ``still_meta``; an error if strict
+        any                                       its own memory      nothing to do: ``reused``
+        of a class with operations of its own     any                 its own ``copy_``: ``converted``
+        any                                       of such a class     ``copy_``: ``converted``
+        seen by a view, an array, another process any                 copied to where it is: ``converted``
+        with gaps in its memory                   any                 copied to where it is: ``converted``
+        not on meta                               alike, not taken    takes that memory: ``reused``
+        not on meta                               other               copied to where it is: ``converted``
+        on meta, tied to others by memory         alike, and that of  all of them take it: ``reused``
+                                                  all of them
+        on meta, tied to others by memory         other               copied to memory of their own, tied
+                                                                      as before: ``converted``
+        on meta                                   alike, not taken    takes that memory: ``reused``
+        on meta                                   other               copied to memory of its own, on the
+                                                                      source's device: ``converted``
+        any                                       missing             as without it; ``still_meta`` if on
+                                                                      meta
+        ========================================= =================== ======================================
+
+        *Alike* means of the same dtype, device and strides. Memory is *taken* by the first tensor that
+        reuses it and as long as that one lives; so of two modules that load one state dict, or one mapped
+        file, the second one gets copies, and neither sees what is written to the other. A state dict does
+        see what is written to the module that took its memory, and so does the module whose
+        ``state_dict()`` it is; a privately mapped file does not. Loads of one state dict in several
+        threads at a time may all take its memory.
 
         Example::
 
             >>> with torch.device("meta"):
             ...     m = torch.nn.Linear(2, 3)
             >>> sd = {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}
-            >>> m.load_state_dict(sd, reuse_tensors=True)
+            >>> result = m.load_state_dict(sd, reuse_tensors=True)
+            >>> result
             <All keys matched successfully>
+            >>> result.reused
+            ('weight', 'bias')
             >>> m.weight.data_ptr() == sd["weight"].data_ptr()
             True
         """
-        if reuse_tensors:
-            from torch.nn.modules import _reuse_tensors
+        from torch.nn.modules import _reuse_tensors
 
-            return _reuse_tensors.load_state_dict(
-                self, state_dict, strict=strict, assign=assign
-            )
-        ...
+        load = _reuse_tensors.load_state_dict if reuse_tensors else _reuse_tensors.load
+        return load(self, state_dict, strict=strict, assign=assign)
 
     @seam("to_empty_skip_materialized", base=("059c906956373894",))
     def to_empty(self, *, device, recurse=True, skip_materialized: bool = False):

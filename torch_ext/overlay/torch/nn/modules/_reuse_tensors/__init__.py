@@ -13,23 +13,34 @@ A call that raises leaves the module as it was; the state dict is never changed.
 How: :mod:`._walk` finds what goes where, :mod:`._plan` decides and does it,
 :mod:`._journal` makes the effects of hooks and overrides undoable.
 
-What this does not do: pre-hooks and overrides run before the plain modules next to them
-have their new values (and before these read a state dict made of the module's own memory);
-post-hooks run when all have. A tensor subclass with operations of
-its own is copied to by its own ``copy_``. What was converted in place is lost if the
-interpreter is interrupted then and there.
+What this does not do: a tensor subclass with operations of its own is copied to by its
+own ``copy_``. What was converted in place is lost if the interpreter is interrupted then
+and there.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules._reuse_tensors._commit import commit, roll_back, Undo
 from torch.nn.modules._reuse_tensors._journal import Journal
+from torch.nn.modules._reuse_tensors._memory import note_taken
+from torch.nn.modules._reuse_tensors._plain import plan_plain
 from torch.nn.modules._reuse_tensors._plan import NOTHING, Plan, SAME, SHARE
+from torch.nn.modules._reuse_tensors._stock import (
+    check_is_mapping,
+    load,
+    raise_errors,
+)
 from torch.nn.modules._reuse_tensors._walk import Walk
 from torch.nn.modules.module import _IncompatibleKeys
+
+
+__all__ = ["load", "load_state_dict"]
 
 
 class _LoadedKeys(_IncompatibleKeys):
@@ -66,90 +77,87 @@ def load_state_dict(
             "mean reuse_tensors=True alone? It keeps the module's Parameters, assign=True "
             "replaces them.)"
         )
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
-    plan = Plan(module)
+    check_is_mapping(state_dict)
+    metadata = getattr(state_dict, "_metadata", None)
+    if type(state_dict) not in (dict, OrderedDict):
+        state_dict = OrderedDict(state_dict)
+    planned = plan_plain(module, state_dict)
+    if planned is not None:
+        plan, missing = planned
+        keys = _LoadedKeys(missing, [])
+        raise_errors(module, keys, _still_meta(plan, missing) if strict else [], strict)
+        undo: Undo = []
+        try:
+            commit(plan, undo, back_up=False)
+        except BaseException:
+            roll_back(undo)
+            raise
+    else:
+        keys, plan = _load_as_they_ask(module, state_dict, metadata, strict)
+    _report(keys, plan)
+    return keys
+
+
+def _load_as_they_ask(
+    module: Module,
+    state_dict: Mapping[str, Any],
+    metadata: Mapping[str, dict[str, Any]] | None,
+    strict: bool,
+) -> tuple[_LoadedKeys, Plan]:
+    """Load modules some of which have hooks, overrides or odd tensors."""
+    plan = Plan(module, state_dict)
     journal = Journal(plan)
-    walk = Walk(plan, journal, state_dict)
+    keys = _LoadedKeys([], [])
+    walk = Walk(plan, journal, state_dict, metadata, keys)
     try:
         walk.run(module)
-        if strict:
-            walk.error_msgs += map(_still_meta, plan.not_loaded)
-        if walk.post_hooks:
-            plan.commit(journal.undo, back_up=True)
-            _run_post_hooks(walk, journal)
-            _raise_errors(module, walk, strict)
-        else:
-            _raise_errors(module, walk, strict)
-            plan.commit(journal.undo, back_up=False)
+        errors = walk.error_msgs
+        if strict and not errors:
+            errors = _still_meta(plan, keys.missing_keys)
+        raise_errors(module, keys, errors, strict)
+        commit(plan, journal.undo, back_up=False)
     except BaseException:
-        journal.roll_back()
+        roll_back(journal.undo)
         raise
-    return _report(walk, plan)
+    return keys, plan
 
 
-def _still_meta(key: str) -> str:
-    return (
+def _still_meta(plan: Plan, missing_keys: list[str]) -> list[str]:
+    """What is wrong with tensors that no key is missing for and that stay on meta."""
+    on_meta = [
+        (key, id(tensor))
+        for key, tensor, persistent in plan.left
+        if persistent and tensor.is_meta
+    ]
+    if not on_meta:
+        return []
+    known, to_come = set(missing_keys), plan.gets_memory()
+    return [
         f'Expected "{key}" to have data after the load, got a tensor on the meta device. '
         "(Did you mean to load a state dict that is not on the meta device itself, or to "
         "call to_empty(skip_materialized=True) first?)"
-    )
+        for key, tensor in on_meta
+        if key not in known and tensor not in to_come
+    ]
 
 
-def _run_post_hooks(walk: Walk, journal: Journal) -> None:
-    """Call each post-hook with the keys that upstream would call it with."""
-    missing, unexpected = walk.missing_keys[:], walk.unexpected_keys[:]
-    # NB: hooks edit these two lists, to forgive keys for instance.
-    walk.missing_keys.clear()
-    walk.unexpected_keys.clear()
-    keys = _IncompatibleKeys(walk.missing_keys, walk.unexpected_keys)
-    i = j = 0
-    for module, missing_by_now, unexpected_by_now in walk.post_hooks:
-        walk.missing_keys += missing[i:missing_by_now]
-        walk.unexpected_keys += unexpected[j:unexpected_by_now]
-        i, j = missing_by_now, unexpected_by_now
-        for hook in module._load_state_dict_post_hooks.values():
-            with journal.watching(module):
-                out = hook(module, keys)
-            if out is not None:
-                raise AssertionError(
-                    "Hooks registered with ``register_load_state_dict_post_hook`` are not "
-                    "expected to return new values, if incompatible_keys need to be modified, "
-                    "it should be done inplace."
-                )
-    walk.missing_keys += missing[i:]
-    walk.unexpected_keys += unexpected[j:]
-
-
-def _raise_errors(module: Module, walk: Walk, strict: bool) -> None:
-    errors = walk.error_msgs[:]
-    if strict:
-        for which, keys in (
-            ("Unexpected", walk.unexpected_keys),
-            ("Missing", walk.missing_keys),
-        ):
-            if keys:
-                quoted = ", ".join(f'"{key}"' for key in keys)
-                errors.insert(0, f"{which} key(s) in state_dict: {quoted}. ")
-    if errors:
-        listed = "\n\t".join(errors)
-        raise RuntimeError(
-            f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{listed}"
-        )
-
-
-def _report(walk: Walk, plan: Plan) -> _LoadedKeys:
-    result = _LoadedKeys(walk.missing_keys, walk.unexpected_keys)
+def _report(keys: _LoadedKeys, plan: Plan) -> None:
+    keys.still_meta = tuple(key for key, tensor, _ in plan.left if tensor.is_meta)
+    if plan.all_alike:
+        keys.reused = tuple(plan.keys)
+        note_taken(plan.targets, plan.sources)
+        return
     reused, converted = [], []
-    for key, tensor, source in plan.loaded:
-        how = plan.outcome.get(id(tensor))
-        shares = how is SHARE or how is SAME
+    taken: tuple[list[Tensor], list[Tensor]] = [], []
+    for key, target, source in zip(plan.keys, plan.targets, plan.sources, strict=True):
+        how = plan.outcome.get(id(target))
         # NB: of a tie whose keys differ only the last one has its memory in the module.
-        if shares and tensor.data_ptr() == source.data_ptr():
+        if (how is SHARE or how is SAME) and target.data_ptr() == source.data_ptr():
             reused.append(key)
+            if how is SHARE:
+                taken[0].append(target)
+                taken[1].append(source)
         elif how is not NOTHING:
             converted.append(key)
-    result.reused, result.converted = tuple(reused), tuple(converted)
-    meta = [key for key, tensor in plan.left if tensor.is_meta]
-    result.still_meta = tuple(dict.fromkeys(plan.not_loaded + meta))
-    return result
+    keys.reused, keys.converted = tuple(reused), tuple(converted)
+    note_taken(*taken)

@@ -13,7 +13,6 @@ in attributes of attributes, and in memory that is no parameter or buffer.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules._reuse_tensors._plan import Move, Plan, SHARE, tensors_of, Undo
+from torch.nn.modules._reuse_tensors._commit import (
+    commit,
+    do_now,
+    materialize,
+    Undo,
+    unshare,
+)
+from torch.nn.modules._reuse_tensors._plan import Move, Plan, SHARE, tensors_of
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._swap_meta import undisturbed
@@ -39,35 +45,38 @@ class Journal:
     def watching(self, module: Module) -> _Watch:
         """Code of ``module`` runs in this context."""
         self._save_subtree(module)
-        return _Watch(self, {}, {})
+        return _Watch(self, {}, {}, False)
 
     def loading(
-        self, module: Module, prefix: str, state_dict: Mapping[str, Any]
+        self, module: Module, prefix: str, state_dict: Mapping[str, Any], *, plans: bool
     ) -> _Watch:
-        """``module._load_from_state_dict(state_dict, prefix, ...)`` runs in this context."""
+        """``module._load_from_state_dict(state_dict, prefix, ...)`` runs in this context.
+
+        Args:
+            plans: whether what can be planned may wait for the commit.
+        """
         self._save_subtree(module)
         self._save_extra_state(module)
         own = (module._parameters, module._buffers)
         keys = {id(t): prefix + n for d in own for n, t in d.items() if t is not None}
-        return _Watch(self, keys, state_dict)
+        return _Watch(self, keys, state_dict, plans)
 
-    def roll_back(self) -> None:
-        """Leave everything as it was before the first change."""
-        while self.undo:
-            func, args = self.undo.pop()
-            try:
-                with undisturbed():
-                    func(*args)
-            except Exception as error:
-                warnings.warn(
-                    f"load_state_dict failed, and so did {func} to undo it: {error}",
-                    stacklevel=2,
-                )
+    def commit(self) -> None:
+        """Do what is planned so far, undoably, for code that looks at the outcome."""
+        commit(self.plan, self.undo, back_up=True)
 
     def do_now(self, move: Move) -> None:
         """What the plan does here can be undone, and its memory is watched from now on."""
-        self.plan.do_now(move, self.undo)
+        do_now(self.plan, move, self.undo)
         self._note_memory(move.target)
+
+    def materialize(self, tensor: Tensor, device: torch.device) -> None:
+        """Give memory to a tensor on meta, for a ``copy_`` that cannot be planned."""
+        materialize(self.plan, tensor, device, self.undo)
+        for tied in self.plan.meta_ties().get(id(tensor), [tensor]):
+            self._note_memory(tied)
+            # NB: undone, it is on meta again; what is written to it need not be saved.
+            self._seen.add(id(tied))
 
     def unshare(self, exposed: object) -> bool:
         """Let the module's tensors that lie in this memory of the state dict have their own.
@@ -97,7 +106,7 @@ class Journal:
 
     def _unshare(self, tensor: Tensor) -> None:
         with undisturbed():
-            self.plan.unshare(tensor, self.undo)
+            unshare(self.plan, tensor, self.undo)
         self._note_memory(tensor)
 
     def _lying_in(self, memory: object) -> list[Tensor]:
@@ -146,12 +155,17 @@ class _Watch(TorchFunctionMode):
     """``keys`` has, by ``id``, the state dict's key of each tensor that is loaded here."""
 
     def __init__(
-        self, journal: Journal, keys: dict[int, str], state_dict: Mapping[str, Any]
+        self,
+        journal: Journal,
+        keys: dict[int, str],
+        state_dict: Mapping[str, Any],
+        plans: bool,
     ) -> None:
         super().__init__()
         self.journal = journal
         self.keys = keys
         self.state_dict = state_dict
+        self.plans = plans
 
     def __torch_function__(
         self,
@@ -182,18 +196,25 @@ class _Watch(TorchFunctionMode):
             out = func(*args, **kwargs) if any(exposed) else out
         return out
 
-    def _take(self, target: Tensor, source: object) -> bool:
-        """Let the plan do a ``copy_``, if it is from the state dict or to meta."""
+    def _take(self, target: Tensor, source: Any) -> bool:
+        """Let the plan do a ``copy_``; false if only a real one can tell whether it works."""
         key = self.keys[id(target)]
-        move = self.journal.plan.propose(key, target, source)
+        journal = self.journal
+        move = journal.plan.propose(key, target, source)
         if move is None:
+            if self.plans:
+                journal.commit()
+            has_values = isinstance(source, Tensor) and not source.is_meta
+            if has_values and target.is_meta and journal.plan.is_plain(target):
+                journal.materialize(target, source.device)
             return False
         if self.state_dict.get(key) is not source:
             # NB: who else has this memory is not known.
-            if not target.is_meta:
-                return False
             move.do_not_share()
-        self.journal.do_now(move)
+        if self.plans:
+            journal.plan.add_move(move)
+        else:
+            journal.do_now(move)
         return True
 
 

@@ -1,4 +1,4 @@
-"""Decide for each tensor of a module how it takes what the state dict has, then do it.
+"""Decide for each tensor of a module how it takes what the state dict has.
 
 The law: nobody can tell the outcome from ``target.copy_(source)`` but by the address of
 the target's memory. So memory is exchanged only where no one else sees the old one, and
@@ -7,27 +7,33 @@ shared with the state dict only where no other tensor of the module lies in it.
 
 from __future__ import annotations
 
-import bisect
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules._reuse_tensors._memory import (
+    are_disjoint,
+    extent,
+    Extents,
+    is_dense,
+    is_unseen,
+    may_be_taken,
+)
 from torch.utils._swap_meta import (
     has_plain_keys,
+    is_unshared,
     meta_ties,
-    storage_like,
-    swap_back,
-    swap_meta,
-    undisturbed,
-    users_of,
-    USERS_OF_UNSHARED,
+    PLAIN_KEYS,
+    PLAIN_KEYS_ON_META,
 )
 
 
-Undo = list[tuple[Callable[..., object], tuple[Any, ...]]]
+_dispatch_keys = torch._C._dispatch_keys
+_use_count = torch._C._storage_Use_Count
+_storage = torch._C._storage_id  # type: ignore[attr-defined]
 
 
 class How(Enum):
@@ -46,85 +52,161 @@ SHARE, BUILD, WRITE, TIED, SAME, NOTHING = How
 
 
 class Move:
-    """One target, its source, and how the one takes the other."""
+    """One target, its source, and how the one takes the other.
 
-    __slots__ = ("built", "how", "key", "source", "target")
+    ``start`` is the address of the source if that is plain, and ``end`` the one after it.
+    """
 
-    def __init__(self, key: str, target: Tensor, source: Tensor, how: How) -> None:
+    __slots__ = ("end", "how", "key", "source", "start", "target")
+
+    def __init__(
+        self, key: str, target: Tensor, source: Tensor, how: How, start: int, end: int
+    ) -> None:
         self.key = key
         self.target = target
         self.source = source
         self.how = how
-        self.built: Tensor | None = None
+        self.start = start
+        self.end = end
 
     def do_not_share(self) -> None:
         if self.how is SHARE:
             self.how = BUILD if self.target.is_meta else WRITE
 
 
-class Plan:
-    """The moves of one load. Of two that have the same target the later one wins.
+class Rows:
+    """Tensors of modules, in the order in which they are loaded; those that have a source in columns.
 
-    ``loaded`` has each key with its target and source, ``not_loaded`` those that stay on
-    meta all the same, ``left`` what has no source or is loaded by its module. ``outcome``
-    says by ``id`` how tensors were loaded.
+    ``moves`` has ``None`` for a target on meta that takes its source as it is. That is
+    most of them, and an object for each would keep the garbage collector busy. ``left``
+    has what may stay on meta, and whether it is persistent.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.loaded: list[tuple[str, Tensor, Tensor]] = []
-        self.not_loaded: list[str] = []
-        self.left: list[tuple[str, Tensor]] = []
+    __slots__ = ("has_moves", "keys", "left", "missing", "moves", "sources", "targets")
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.targets: list[Tensor] = []
+        self.sources: list[Any] = []
+        self.moves: list[Move | None] = []
+        self.has_moves = False
+        self.missing: list[str] = []
+        self.left: list[tuple[str, Tensor, bool]] = []
+
+
+class Plan:
+    """What is to be done for one load. Of two moves that have the same target the later one wins.
+
+    ``keys``, ``targets``, ``sources`` and ``left`` are those of all :class:`Rows`.
+    ``moves``, by the ``id`` of their targets, and ``alike``, the rows of targets that take
+    their sources as they are, wait for a commit. ``all_alike`` says that these were all,
+    ``outcome`` by ``id`` how tensors were loaded if not.
+    """
+
+    def __init__(self, module: torch.nn.Module, state_dict: Mapping[str, Any]) -> None:
+        self.keys: list[str] = []
+        self.targets: list[Tensor] = []
+        self.sources: list[Any] = []
+        self.left: list[tuple[str, Tensor, bool]] = []
         self.outcome: dict[int, How] = {}
+        self.moves: dict[int, Move] = {}
+        self.alike: dict[int, int] = {}
         self._module = module
-        self._moves: dict[int, Move] = {}
+        self._state_dict = state_dict
+        self.all_alike = False
         self._has_memory = False
-        self._is_plain_type: dict[type, bool] = {}
+        self._is_plain_type = _PlainTypes()
         self._can_copy: dict[tuple[object, ...], bool] = {}
         self._ties: dict[int, list[Tensor]] | None = None
-        self._owned: _Extents | None = None
+        self._owned: Extents | None = None
+        self._holders: dict[int, int] | None = None
 
-    def propose(self, key: str, target: Tensor, source: object) -> Move | None:
+    def propose_all(self, rows: Rows) -> bool:
+        """Fill in the moves of ``rows``; false if there is one that only ``copy_`` can tell."""
+        rows.moves = [None] * len(rows.keys)
+        alike = self._are_alike(rows.targets, rows.sources)
+        if all(alike):
+            return True
+        rows.has_moves = True
+        for i, key in enumerate(rows.keys):
+            if not alike[i]:
+                target = rows.targets[i]
+                move = rows.moves[i] = self.propose(key, target, rows.sources[i])
+                if move is None:
+                    return False
+                if move.how is NOTHING:
+                    rows.left.append((key, target, True))
+        return True
+
+    def _are_alike(self, targets: list[Tensor], sources: list[Any]) -> list[bool]:
+        """Which targets are on meta, and sure to share what :meth:`propose` may let them share."""
+        for column in (targets, sources):
+            # NB: so that the keys of this device are known.
+            if not all(map(self.is_plain, column[:1])):
+                return [False] * len(targets)
+            if not all(map(self._is_plain_type.__getitem__, set(map(type, column)))):
+                return [False] * len(targets)
+        # This is asked for each tensor; so it takes one expression. Who asks for more
+        # than how many hold a storage makes a Python object of that.
+        return [
+            _dispatch_keys(target).raw_repr() in PLAIN_KEYS_ON_META
+            and _dispatch_keys(source).raw_repr() in PLAIN_KEYS
+            and target.dtype is source.dtype
+            and target.shape == source.shape
+            and target.stride() == source.stride()
+            and target.is_contiguous()
+            and target.is_leaf
+            and (_use_count(_storage(target)) == 1 or is_unshared(target))
+            and (_use_count(_storage(source)) == 1 or is_unshared(source))
+            for target, source in zip(targets, sources, strict=True)
+        ]
+
+    def propose(self, key: str, target: Tensor, source: Any) -> Move | None:
         """A move that is sure not to raise; ``None`` where only a real ``copy_`` can tell."""
-        if not (isinstance(source, Tensor) and self.is_plain(target)):
+        if not (self.is_plain(target) and self.is_plain(source)):
             return None
-        if not self.is_plain(source) or target.shape != source.shape:
+        if target.shape != source.shape:
             return None
         alike = target.dtype is source.dtype and target.stride() == source.stride()
-        if source.is_meta:
-            how = NOTHING if target.is_meta else None
-        elif target.is_meta:
-            how = self._how_on_meta(target, alike)
-        else:
+        if not target.is_meta:
+            if source.is_meta:
+                return None
             alike = alike and target.device == source.device
             how = self._how_in_memory(target, source, alike)
+        elif source.is_meta:
+            how = NOTHING
+        elif not target.is_leaf:
+            return None
+        elif not is_unshared(target) and id(target) in self.meta_ties():
+            how = TIED
+        else:
+            contiguous = target.is_contiguous()
+            how = SHARE if alike and (contiguous or is_dense(target)) else BUILD
         if how is None or not (alike or self._converts(target, source)):
             return None
-        return Move(key, target, source, how)
-
-    def _how_on_meta(self, target: Tensor, alike: bool) -> How | None:
-        if not target.is_leaf:
-            return None
-        if users_of(target) > USERS_OF_UNSHARED and id(target) in self._meta_ties():
-            return TIED
-        return SHARE if alike and _is_dense(target) else BUILD
+        if (
+            how is SHARE
+            and not is_unshared(source)
+            and may_be_taken(source, self.holders_of(source))
+        ):
+            how = BUILD if target.is_meta else WRITE
+        start = source.data_ptr()
+        return Move(key, target, source, how, start, start + source.nbytes)
 
     def _how_in_memory(self, target: Tensor, source: Tensor, alike: bool) -> How | None:
         self._has_memory = True
-        if not _is_dense(target):
+        if not is_dense(target):
             return None
         if not alike:
             return WRITE
         if target.data_ptr() == source.data_ptr():
             return SAME
         shared_before = self.outcome.get(id(target)) is SHARE
-        return SHARE if shared_before or _is_unseen(target) else WRITE
+        return SHARE if shared_before or is_unseen(target) else WRITE
 
-    def is_plain(self, tensor: Tensor) -> bool:
+    def is_plain(self, tensor: Any) -> bool:
         """Strided, neither wrapped nor lazily conjugated, of a class that adds no operation."""
-        cls = type(tensor)
-        if cls not in self._is_plain_type:
-            self._is_plain_type[cls] = _adds_no_operation(cls)
-        return self._is_plain_type[cls] and has_plain_keys(tensor)
+        return self._is_plain_type[type(tensor)] and has_plain_keys(tensor)
 
     def _converts(self, target: Tensor, source: Tensor) -> bool:
         """Whether ``copy_`` knows this pair of dtypes and devices."""
@@ -139,109 +221,108 @@ class Plan:
                 self._can_copy[pair] = False
         return self._can_copy[pair]
 
-    def _meta_ties(self) -> dict[int, list[Tensor]]:
+    def holders_of(self, source: Tensor) -> int:
+        """How many tensors of the state dict, and bases of such, lie in the storage of ``source``."""
+        if self._holders is None:
+            self._holders = {}
+            values = [v for v in self._state_dict.values() if isinstance(v, Tensor)]
+            bases = [v._base for v in values if v._base is not None]
+            for tensor in {id(v): v for v in values + bases}.values():
+                if torch._C._has_storage(tensor):
+                    storage = tensor.untyped_storage()._cdata
+                    self._holders[storage] = self._holders.get(storage, 0) + 1
+        return self._holders.get(source.untyped_storage()._cdata, 0)
+
+    def meta_ties(self) -> dict[int, list[Tensor]]:
         if self._ties is None:
             tensors = tensors_of(self._module)
             self._ties = meta_ties(t for t in tensors if t.is_meta and self.is_plain(t))
         return self._ties
 
-    def add(self, moves: Iterable[Move]) -> None:
-        """Do these at the commit."""
-        for move in moves:
-            self.loaded.append((move.key, move.target, move.source))
-            if move.how is NOTHING:
-                self.not_loaded.append(move.key)
-            if self._supersedes(move):
-                self._moves[id(move.target)] = move
-
-    def _supersedes(self, move: Move) -> bool:
-        """Take out an earlier move of the same target, if this one changes anything."""
-        if id(move.target) in self._moves:
-            if move.how is SAME:
-                return False
-            del self._moves[id(move.target)]
-        return True
-
-    def leave(self, key: str, tensor: Tensor) -> None:
-        """Nothing is planned for this one."""
-        self.left.append((key, tensor))
-        self._has_memory = self._has_memory or not tensor.is_meta
-
-    def do_now(self, move: Move, undo: Undo) -> None:
-        """Do a move ahead of the commit, for code that looks at the outcome."""
-        if not self._supersedes(move):
+    def add(self, rows: Rows) -> None:
+        """Do these at the next commit."""
+        first = len(self.keys)
+        self.keys += rows.keys
+        self.targets += rows.targets
+        self.sources += rows.sources
+        self.left += rows.left
+        if not (self.moves or rows.has_moves):
+            self.alike.update(zip(map(id, rows.targets), count(first)))
             return
-        with undisturbed():
-            share = move.how is SHARE
-            if share and not self._extents().take(*_extent(move.source)):
-                move.do_not_share()
-            if move.how is BUILD:
-                _build(move)
-            self._do(move, undo, back_up=True)
+        for i, target in enumerate(map(id, rows.targets)):
+            move = rows.moves[i]
+            if move is None:
+                self.moves.pop(target, None)
+                self.alike[target] = first + i
+            else:
+                self.add_move(move)
 
-    def commit(self, undo: Undo, *, back_up: bool) -> None:
-        """Do all moves; what may fail, getting memory, comes before any change.
+    def add_move(self, move: Move) -> None:
+        """Do this one at the next commit, in place of an earlier one of its target."""
+        target = id(move.target)
+        waits = target in self.moves or target in self.alike
+        # NB: the module's own memory has by then what the earlier one wrote to it.
+        if move.how is SAME and waits and self.outcome.get(target) is not SHARE:
+            return
+        self.alike.pop(target, None)
+        # NB: to be the last one, too.
+        self.moves.pop(target, None)
+        self.moves[target] = move
 
-        An exchange of memory can always be undone; what is written in place only if
-        ``back_up`` asks for copies of it.
-        """
-        with undisturbed():
-            self._settle()
-            writes: list[Move] = []
-            exchanges: list[Move] = []
-            for move in self._moves.values():
-                if move.how is WRITE or move.how is TIED:
-                    writes.append(move)
-                    continue
-                exchanges.append(move)
-                if move.how is BUILD:
-                    _build(move)
-            for move in exchanges + writes:
-                self._do(move, undo, back_up)
+    def gets_memory(self) -> set[int]:
+        """By ``id``, what is on meta and will not be after the commit."""
+        moves = [m for m in self.moves.values() if m.how is not NOTHING]
+        tied = (self.meta_ties()[id(m.target)] for m in moves if m.how is TIED)
+        shared = {id(m.target) for m in moves} | self.alike.keys()
+        return shared | {id(t) for group in tied for t in group}
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Let no two tensors of the module share memory unless they did before."""
-        shares = [move for move in self._moves.values() if move.how is SHARE]
-        extents = [_extent(move.source) for move in shares]
+        shares = [move for move in self.moves.values() if move.how is SHARE]
+        starts = [move.start for move in shares]
+        ends = [move.end for move in shares]
+        for i in self.alike.values():
+            source = self.sources[i]
+            start = source.data_ptr()
+            starts.append(start)
+            ends.append(start + source.nbytes)
         # NB: the common case, a module all on meta, owns nothing; don't search it.
-        known = self._has_memory or self._owned is not None
-        owned = self._extents() if known else _Extents([])
-        for cluster in _overlapping(extents):
-            if len(cluster) == 1 and owned.is_free(*extents[cluster[0]]):
-                continue
-            for i in sorted(cluster):
-                if not owned.take(*extents[i]):
-                    shares[i].do_not_share()
+        owns = (
+            self._has_memory
+            or self._owned is not None
+            or any(not tensor.is_meta for _, tensor, _ in self.left)
+        )
+        self._has_memory = True
+        if are_disjoint(starts, ends):
+            if not owns:
+                return
+            owned = self.extents()
+            if all(map(owned.is_free, starts, ends)):
+                owned.add(starts, ends)
+                return
+        # Who is not the first one has to copy.
+        self._make_moves_of_alike()
+        owned = self.extents() if owns else Extents([])
+        for move in self.moves.values():
+            if move.how is SHARE and not owned.take(move.start, move.end):
+                move.do_not_share()
 
-    def _extents(self) -> _Extents:
+    def _make_moves_of_alike(self) -> None:
+        moves = {}
+        for target, i in self.alike.items():
+            source = self.sources[i]
+            at = extent(source)
+            moves[target] = Move(self.keys[i], self.targets[i], source, SHARE, *at)
+        self.alike = {}
+        self.moves = {**moves, **self.moves}
+
+    def extents(self) -> Extents:
+        """Where the module's tensors are, or were when this was first asked for."""
         if self._owned is None:
             tensors = tensors_of(self._module)
             plain = (t for t in tensors if not t.is_meta and self.is_plain(t))
-            self._owned = _Extents(_extent(t) for t in plain)
+            self._owned = Extents(extent(t) for t in plain)
         return self._owned
-
-    def _do(self, move: Move, undo: Undo, back_up: bool) -> None:
-        target, source, how = move.target, move.source, move.how
-        if how is SHARE or how is BUILD:
-            _exchange(target, source if move.built is None else move.built, undo)
-        elif how is WRITE or how is TIED:
-            if how is TIED and target.is_meta:
-                group = self._meta_ties()[id(target)]
-                for tensor, data in zip(
-                    group, storage_like(group, source.device), strict=True
-                ):
-                    _exchange(tensor, data, undo)
-            self.unshare(target, undo)
-            if back_up:
-                undo.append((target.copy_, (target.clone(),)))
-            target.copy_(source)
-        self.outcome[id(target)] = how
-
-    def unshare(self, target: Tensor, undo: Undo) -> None:
-        """Before ``target`` is written to: have the state dict's memory no more."""
-        if self.outcome.get(id(target)) is SHARE:
-            _exchange(target, target.detach().clone(), undo)
-            self.outcome[id(target)] = WRITE
 
 
 def tensors_of(module: torch.nn.Module) -> Iterator[Tensor]:
@@ -251,109 +332,17 @@ def tensors_of(module: torch.nn.Module) -> Iterator[Tensor]:
             yield from (tensor for tensor in tensors.values() if tensor is not None)
 
 
-def _build(move: Move) -> None:
-    move.built = torch.empty_like(move.target, device=move.source.device)
-    move.built.copy_(move.source)
+class _PlainTypes(dict[type, bool]):
+    """Which classes are those of tensors, and add no operation of their own."""
+
+    def __missing__(self, cls: type) -> bool:
+        self[cls] = issubclass(cls, Tensor) and _adds_no_operation(cls)
+        return self[cls]
 
 
-def _exchange(target: Tensor, data: Tensor, undo: Undo) -> None:
-    if target.is_meta:
-        undo.append((swap_back, (target, swap_meta(target, data))))
-    else:
-        undo.append((_set_data, (target, target.data)))
-        _set_data(target, data)
-
-
-def _set_data(target: Tensor, data: Tensor) -> None:
-    target.data = data
-    # As copy_ does, so that backward through an older graph says what is wrong.
-    torch.autograd.graph.increment_version(target)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether each element has its own place and there are no gaps."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _adds_no_operation(cls: type) -> bool:
-    function = cls.__torch_function__  # type: ignore[attr-defined]
-    return cls.copy_ is Tensor.copy_ and (  # type: ignore[attr-defined]
+def _adds_no_operation(cls: type[Tensor]) -> bool:
+    function: Any = cls.__torch_function__
+    return cls.copy_ is Tensor.copy_ and (
         function is torch._C._disabled_torch_function_impl
         or getattr(function, "__func__", None) is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
     )
-
-
-def _holders_of_storage(tensor: Tensor) -> int:
-    storage = tensor.untyped_storage()
-    return sys.getrefcount(storage)
-
-
-_HOLDERS_IF_UNSEEN = _holders_of_storage(torch.empty(1))
-
-
-def _is_unseen(tensor: Tensor) -> bool:
-    """Whether nothing but ``tensor`` can see its memory.
-
-    A view, ``detach()``, ``numpy()`` or a saved activation is another user of the storage.
-    Memory that came from outside (``torch.from_numpy``, a mapped file) is not resizable,
-    and who sees it cannot be known.
-    """
-    storage = tensor.untyped_storage()
-    return (
-        users_of(tensor) == USERS_OF_UNSHARED
-        and _holders_of_storage(tensor) == _HOLDERS_IF_UNSEEN + 1  # and `storage`
-        and storage.resizable()
-        and not (tensor.device.type == "cpu" and storage.is_shared())
-    )
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Address of the first byte of a dense tensor's memory, and of the one after it."""
-    start = tensor.data_ptr()
-    return start, start + tensor.nbytes
-
-
-def _overlapping(extents: list[tuple[int, int]]) -> Iterator[list[int]]:
-    """Indices of the extents, those that overlap each other in one list."""
-    cluster: list[int] = []
-    cluster_end = 0
-    for i in sorted(range(len(extents)), key=extents.__getitem__):
-        start, end = extents[i]
-        if cluster and start >= cluster_end:
-            yield cluster
-            cluster = []
-        cluster.append(i)
-        cluster_end = max(cluster_end, end)
-    if cluster:
-        yield cluster
-
-
-class _Extents:
-    """Disjoint ranges of addresses, sorted."""
-
-    def __init__(self, extents: Iterable[tuple[int, int]]) -> None:
-        listed = list(extents)
-        clusters = [[listed[i] for i in c] for c in _overlapping(listed)]
-        self._starts = [min(start for start, _ in c) for c in clusters]
-        self._ends = [max(end for _, end in c) for c in clusters]
-
-    def is_free(self, start: int, end: int) -> bool:
-        i = bisect.bisect_right(self._ends, start)
-        return i == len(self._starts) or self._starts[i] >= end
-
-    def take(self, start: int, end: int) -> bool:
-        """Take a range if all of it is free."""
-        if not self.is_free(start, end):
-            return False
-        i = bisect.bisect_right(self._starts, start)
-        self._starts.insert(i, start)
-        self._ends.insert(i, end)
-        return True

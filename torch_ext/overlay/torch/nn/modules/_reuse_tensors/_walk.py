@@ -1,10 +1,10 @@
-"""``Module.load_state_dict``'s walk over modules and keys, in linear time.
+"""The walk over modules some of which have to load themselves.
 
-Keys are dealt out to the children level by level instead of being filtered for each
-child. A module with nothing out of the ordinary is planned; for any other (a pre-hook,
-an override, an odd tensor, an error) its own ``_load_from_state_dict`` runs, watched by
-the journal, on the very dict that ``Module.load_state_dict`` would give it. So each
-error text is upstream's.
+A module with nothing out of the ordinary is planned; for any other (a pre-hook, an
+override, an odd tensor, an error) its own ``_load_from_state_dict`` runs, watched by the
+journal, on the very dict that ``Module.load_state_dict`` would give it. So each error
+text is upstream's. Before code from elsewhere runs, all that is planned by then is done,
+undoably; so it sees what it would see in a copying load.
 """
 
 from __future__ import annotations
@@ -17,127 +17,91 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules._reuse_tensors._journal import Journal
-from torch.nn.modules._reuse_tensors._plan import Move, Plan
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+from torch.nn.modules._reuse_tensors._plain import (
+    persistent_of,
+    rows_of,
+    StockTypes,
+)
+from torch.nn.modules._reuse_tensors._plan import Plan
+from torch.nn.modules._reuse_tensors._stock import (
+    check_post_hook,
+    IndexedWalk,
+    runs_torchs_own,
+)
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 
 
-class Walk:
-    """What was found on the way.
-
-    ``post_hooks`` has each module with some, and how many missing and unexpected keys
-    were known when upstream would have called them.
-    """
+class Walk(IndexedWalk):
+    """Loads what it has to, plans the rest, and notes the missing and unexpected keys."""
 
     def __init__(
-        self, plan: Plan, journal: Journal, state_dict: Mapping[str, Any]
+        self,
+        plan: Plan,
+        journal: Journal,
+        state_dict: Mapping[str, Any],
+        metadata: Mapping[str, dict[str, Any]] | None,
+        keys: _IncompatibleKeys,
     ) -> None:
-        self.missing_keys: list[str] = []
-        self.unexpected_keys: list[str] = []
-        self.error_msgs: list[str] = []
-        self.post_hooks: list[tuple[Module, int, int]] = []
+        super().__init__()
+        self._keys = keys
         self._plan = plan
         self._journal = journal
-        self._is_stock_type: dict[type, bool] = {}
+        self._is_stock_type = StockTypes()
         # NB: hooks and overrides may edit this one; the caller's stays as it is.
         self._state_dict: OrderedDict[str, Any] = OrderedDict(state_dict)
-        metadata = getattr(state_dict, "_metadata", None)
         self._has_metadata = metadata is not None
-        self._metadata: Mapping[str, dict[str, Any]] = metadata or {}
+        self._metadata = metadata or {}
         self._metadata_is_ours = False
 
     def run(self, module: Module) -> None:
         """Plan the load of ``module`` and its children, or do it in part."""
-        self._visit(module, "", self._state_dict, list(self._state_dict))
+        self.visit(module, self._state_dict, "")
 
-    def _visit(
-        self, module: Module, prefix: str, state_dict: dict[str, Any], keys: list[str]
-    ) -> None:
-        by_child, own = _deal(keys, len(prefix)) if module._modules else ({}, keys)
-        if not self._plan_module(module, prefix, state_dict, keys, own, by_child):
-            if prefix:
-                state_dict = {key: state_dict[key] for key in keys}
-            self._run_module(module, prefix, state_dict)
-            keys = [key for key in state_dict if key.startswith(prefix)]
-            by_child, own = _deal(keys, len(prefix))
-        for name, child in module._modules.items():
-            if child is not None:
-                child_prefix = f"{prefix}{name}."
-                child_keys = by_child.get(name, [])
-                if "." in name:  # possible only by writing to _modules
-                    child_keys = [key for key in keys if key.startswith(child_prefix)]
-                self._visit(child, child_prefix, state_dict, child_keys)
-        if module._load_state_dict_post_hooks:
-            known = (len(self.missing_keys), len(self.unexpected_keys))
-            self.post_hooks.append((module, *known))
+    def load_own(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
+        if not self._plan_module(module, state_dict, prefix):
+            self._run_module(module, state_dict, prefix)
+
+    def after(self, module: Module) -> None:
+        for hook in module._load_state_dict_post_hooks.values():
+            self._journal.commit()
+            with self._journal.watching(module):
+                check_post_hook(hook(module, self._keys))
 
     def _plan_module(
-        self,
-        module: Module,
-        prefix: str,
-        state_dict: Mapping[str, Any],
-        keys: list[str],
-        own: list[str],
-        by_child: Mapping[str, list[str]],
+        self, module: Module, state_dict: dict[str, Any], prefix: str
     ) -> bool:
         """Plan the tensors of this module; false, and no trace, if it has to load itself."""
-        if module._load_state_dict_pre_hooks or not self._loads_as_stock(module):
+        if prefix + _EXTRA_STATE_KEY_SUFFIX in state_dict:
             return False
-        moves: list[Move] = []
-        missing: list[tuple[str, Tensor]] = []
-        for name, tensor in _persistent(module).items():
-            key = prefix + name
-            if tensor is None:
-                continue
-            if key not in state_dict:
-                missing.append((key, tensor))
-                continue
-            move = self._plan.propose(key, tensor, state_dict[key])
-            if move is None:
-                return False
-            moves.append(move)
-        children = module._modules
-        if len(moves) < len(own) or any(name not in children for name in by_child):
-            if prefix + _EXTRA_STATE_KEY_SUFFIX in state_dict:
-                return False
-            self.unexpected_keys += _unexpected(module, prefix, keys)
-        self._plan.add(moves)
-        for key, tensor in missing:
-            self.missing_keys.append(key)
-            self._plan.leave(key, tensor)
-        if module._non_persistent_buffers_set:
-            for name, tensor in module._buffers.items():
-                if tensor is not None and name in module._non_persistent_buffers_set:
-                    self._plan.leave(prefix + name, tensor)
+        rows = rows_of(module, prefix, state_dict, self._is_stock_type, recurse=False)
+        if rows is None or not self._plan.propose_all(rows):
+            return False
+        self._plan.add(rows)
+        self._keys.missing_keys.extend(rows.missing)
+        if module._modules or len(rows.keys) < len(state_dict):
+            found = _unexpected(module, prefix, state_dict)
+            self._keys.unexpected_keys.extend(found)
         return True
 
-    def _loads_as_stock(self, module: Module) -> bool:
-        cls = type(module)
-        stock = self._is_stock_type.get(cls)
-        if stock is None:
-            stock = self._is_stock_type[cls] = (
-                cls._load_from_state_dict is Module._load_from_state_dict
-                and cls.set_extra_state is Module.set_extra_state
-                and not issubclass(cls, torch.jit.ScriptModule)
-            )
-        return stock and "_load_from_state_dict" not in module.__dict__
-
     def _run_module(
-        self, module: Module, prefix: str, state_dict: dict[str, Any]
+        self, module: Module, state_dict: dict[str, Any], prefix: str
     ) -> None:
-        """Let the module load itself, at once but undoably."""
-        own, errors = _own(module), len(self.error_msgs)
+        """Let the module load itself, undoably."""
+        own = _own(module)
+        is_torchs_own = runs_torchs_own(module)
+        if not is_torchs_own:
+            self._journal.commit()
         # NB: TorchScript refers to the TensorImpl, so tell it when that was exchanged.
         is_script = isinstance(module, torch.jit.ScriptModule)
         if is_script:
             self._journal.undo.append((_set_own, (own,)))
-        with self._journal.loading(module, prefix, state_dict):
+        with self._journal.loading(module, prefix, state_dict, plans=is_torchs_own):
             module._load_from_state_dict(
                 state_dict,
                 prefix,
                 self._metadata_of(prefix),
                 True,
-                self.missing_keys,
-                self.unexpected_keys,
+                *self._keys,
                 self.error_msgs,
             )
         if is_script:
@@ -145,11 +109,11 @@ class Walk:
         persistent = _persistent(module)
         for _, name, tensor in _own(module):
             key = prefix + name
-            self._plan.leave(key, tensor)
+            self._plan.left.append((key, tensor, name in persistent))
             if name in persistent and key in state_dict:
-                self._plan.loaded.append((key, tensor, state_dict[key]))
-                if tensor.is_meta and len(self.error_msgs) == errors:
-                    self._plan.not_loaded.append(key)
+                self._plan.keys.append(key)
+                self._plan.targets.append(tensor)
+                self._plan.sources.append(state_dict[key])
 
     def _metadata_of(self, prefix: str) -> dict[str, Any]:
         if not self._metadata_is_ours:
@@ -174,37 +138,24 @@ def _own(module: Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     ]
 
 
+def _persistent(module: Module) -> Mapping[str, Tensor | None]:
+    return persistent_of(
+        module._parameters, module._buffers, module._non_persistent_buffers_set
+    )
+
+
 def _set_own(own: list[tuple[dict[str, Any], str, Tensor]]) -> None:
     for tensors, name, tensor in own:
         tensors[name] = tensor
 
 
-def _persistent(module: Module) -> Mapping[str, Tensor | None]:
-    if not module._buffers:
-        return module._parameters
-    skip = module._non_persistent_buffers_set
-    buffers = {name: t for name, t in module._buffers.items() if name not in skip}
-    return {**module._parameters, **buffers}
-
-
-def _deal(keys: list[str], n: int) -> tuple[dict[str, list[str]], list[str]]:
-    """Split keys, less their first ``n`` characters, into each child's and the others."""
-    by_child: dict[str, list[str]] = {}
-    others: list[str] = []
-    for key in keys:
-        dot = key.find(".", n)
-        if dot < 0:
-            others.append(key)
-        elif (name := key[n:dot]) in by_child:
-            by_child[name].append(key)
-        else:
-            by_child[name] = [key]
-    return by_child, others
-
-
-def _unexpected(module: Module, prefix: str, keys: list[str]) -> Iterator[str]:
+def _unexpected(
+    module: Module, prefix: str, state_dict: dict[str, Any]
+) -> Iterator[str]:
     expected = {name for name, t in _persistent(module).items() if t is not None}
-    for key in keys:
-        name, dot, _ = key[len(prefix) :].partition(".")
-        if name not in (module._modules if dot else expected):
-            yield key
+    n, children = len(prefix), module._modules
+    for key in state_dict:
+        if key.startswith(prefix):
+            name, dot, _ = key[n:].partition(".")
+            if name not in (children if dot else expected):
+                yield key

@@ -1,0 +1,149 @@
+"""``Module.load_state_dict`` without new arguments, in linear time.
+
+Law: every module is called with the arguments that it always was, state dicts included,
+which have the same keys in the same order. But these are dealt out to all children at once,
+where each child used to pick its own from all keys of its parent (pytorch #61398).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.nn.modules.module import _IncompatibleKeys
+
+
+def load(
+    module: Module, state_dict: Mapping[str, Any], *, strict: bool, assign: bool
+) -> _IncompatibleKeys:
+    """See :meth:`torch.nn.Module.load_state_dict`."""
+    check_is_mapping(state_dict)
+    walk = _StockWalk(getattr(state_dict, "_metadata", None), assign)
+    local_state_dict: OrderedDict[str, Any] = OrderedDict(state_dict)
+    if walk.metadata is not None:
+        local_state_dict._metadata = walk.metadata  # type: ignore[attr-defined]
+    walk.visit(module, local_state_dict, "")
+    raise_errors(module, walk.keys, walk.error_msgs, strict)
+    return walk.keys
+
+
+def check_is_mapping(state_dict: object) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
+
+
+class IndexedWalk(ABC):
+    """Takes a module and all below it to the part of the state dict that is theirs."""
+
+    def __init__(self) -> None:
+        self.error_msgs: list[str] = []
+        self._runs_of_others = 0
+
+    @abstractmethod
+    def load_own(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Load what is in ``module`` and not in a child."""
+
+    @abstractmethod
+    def after(self, module: Module) -> None:
+        """``module`` and its children are loaded."""
+
+    def visit(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
+        self.load_own(module, state_dict, prefix)
+        others_have_it = not runs_torchs_own(module)
+        self._runs_of_others += others_have_it
+        dealt: _Dealt | None = None
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            if dealt is None or (
+                others_have_it and dealt.runs_of_others != self._runs_of_others
+            ):
+                # NB: the hook or override may have kept the dict and changed it by now.
+                if dealt is None or dealt.keys != list(state_dict):
+                    dealt = _Dealt(state_dict, prefix)
+                dealt.runs_of_others = self._runs_of_others
+            child_prefix = f"{prefix}{name}."
+            keys = dealt.by_child.get(name, [])
+            if "." in name:  # possible only by writing to _modules
+                keys = [key for key in state_dict if key.startswith(child_prefix)]
+            self.visit(child, {key: state_dict[key] for key in keys}, child_prefix)
+        self.after(module)
+
+
+class _StockWalk(IndexedWalk):
+    def __init__(self, metadata: dict[str, Any] | None, assign: bool) -> None:
+        super().__init__()
+        self.metadata = metadata
+        self.keys = _IncompatibleKeys([], [])
+        self._assign = assign
+
+    def load_own(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
+        metadata = {} if self.metadata is None else self.metadata.get(prefix[:-1], {})
+        if self._assign:
+            metadata["assign_to_params_buffers"] = self._assign
+        module._load_from_state_dict(
+            state_dict, prefix, metadata, True, *self.keys, self.error_msgs
+        )
+
+    def after(self, module: Module) -> None:
+        for hook in module._load_state_dict_post_hooks.values():
+            check_post_hook(hook(module, self.keys))
+
+
+class _Dealt:
+    """``state_dict``'s ``keys`` as they are now, and those of each child."""
+
+    def __init__(self, state_dict: dict[str, Any], prefix: str) -> None:
+        self.keys = list(state_dict)
+        self.by_child: dict[str, list[str]] = {}
+        self.runs_of_others = 0
+        n = len(prefix)
+        for key in self.keys:
+            if key.startswith(prefix) and (dot := key.find(".", n)) >= 0:
+                self.by_child.setdefault(key[n:dot], []).append(key)
+
+
+def runs_torchs_own(module: Module) -> bool:
+    """Whether no code from elsewhere runs when the module is loaded."""
+    cls = type(module)
+    if issubclass(cls, torch.jit.ScriptModule):
+        return False
+    loads = (cls._load_from_state_dict, cls.set_extra_state)
+    return (
+        not (module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
+        and "_load_from_state_dict" not in module.__dict__
+        and all(f.__module__.startswith("torch.nn.") for f in loads)
+    )
+
+
+def check_post_hook(out: object) -> None:
+    if out is not None:
+        raise AssertionError(
+            "Hooks registered with ``register_load_state_dict_post_hook`` are not "
+            "expected to return new values, if incompatible_keys need to be modified, "
+            "it should be done inplace."
+        )
+
+
+def raise_errors(
+    module: Module, keys: _IncompatibleKeys, error_msgs: list[str], strict: bool
+) -> None:
+    """All that is wrong, as one error."""
+    errors = error_msgs[:]
+    if strict:
+        for which, listed in (
+            ("Unexpected", keys.unexpected_keys),
+            ("Missing", keys.missing_keys),
+        ):
+            if listed:
+                quoted = ", ".join(f'"{key}"' for key in listed)
+                errors.insert(0, f"{which} key(s) in state_dict: {quoted}. ")
+    if errors:
+        lines = "\n\t".join(errors)
+        raise RuntimeError(
+            f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{lines}"
+        )
