@@ -13,7 +13,9 @@ TYPED := $(PY) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abs
 demo: $(VENV)/installed
 	$(PY) -m torch_ext demo $(ARGS)
 
-test: lint types test-graft test-tree
+# The suite runs twice, grafted and in a tree; at the same time, since there mostly are two cores.
+test: lint types
+	$(MAKE) --jobs=2 --output-sync=target test-graft test-tree
 
 test-slow: $(VENV)/installed
 	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
