@@ -11,6 +11,7 @@ from torch_ext._autoload import VARIABLE
 from torch_ext._drift import check, grade, seams_of
 from torch_ext._error import PatchError
 from torch_ext._export import export
+from torch_ext._graft import module_name
 from torch_ext._queue import select
 from torch_ext._series import series
 from torch_ext._tree import cached_tree
@@ -118,7 +119,8 @@ def _table() -> str:
     rows = ["| patch | what core gets | changes | new files |", "|---|---|---|---|"]
     for patch in series:
         changes = ", ".join(
-            f"`{Path(seam.file).stem}.{seam.qualname}`" for seam in seams_of(patch)
+            f"`{module_name(seam.file).rpartition('.')[2]}.{seam.qualname}`"
+            for seam in seams_of(patch)
         )
         files = ", ".join(f"`{file}`" for file in patch.files)
         rows.append(f"| `{patch.name}` | {patch.summary} | {changes} | {files} |")

@@ -4,6 +4,7 @@
 not, and applying the seam anyway could break it. ``upstream``: torch has the patch by now, and enabling it is a no-op.
 """
 
+import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,12 +40,15 @@ def grade(patch: Patch, upstream: Upstream | None = None) -> Drift:
     seams = seams_of(patch)
     if _has_landed(patch, seams, upstream):
         return Drift("upstream")
-    changed = tuple(
-        seam
-        for seam in seams
-        if upstream.source(seam.file).fingerprint(seam.qualname) not in seam.base
-    )
+    changed = tuple(seam for seam in seams if not _fits(seam, upstream))
     return Drift("stale", changed) if changed else Drift("clean")
+
+
+def _fits(seam: Seam, upstream: Upstream) -> bool:
+    source = upstream.source(seam.file)
+    if seam.is_exports:
+        return source.exports is not None
+    return source.fingerprint(seam.qualname) in seam.base
 
 
 def check(patches: Sequence[Patch]) -> None:
@@ -64,7 +68,7 @@ def check(patches: Sequence[Patch]) -> None:
 
 
 def _has_landed(patch: Patch, seams: Sequence[Seam], upstream: Upstream) -> bool:
-    """Torch knows every parameter and option that the patch adds or, where it adds none, every new file."""
+    """Torch knows every parameter, option and name that the patch adds or, where it adds none, every new file."""
     adds = [seam for seam in seams if seam.adds]
     if not adds:
         files = [upstream.root / file for file in patch.files]
@@ -75,9 +79,12 @@ def _has_landed(patch: Patch, seams: Sequence[Seam], upstream: Upstream) -> bool
 
 
 def _names_in(source: Source, seam: Seam) -> set[str]:
-    """The parameters or options that the function or class of ``seam`` has."""
+    """The parameters or options that the function or class of ``seam`` has, or the public names of its module."""
     if seam.is_class:
         class_node = source.classes.get(seam.qualname)
         return set(assigned(class_node)) if class_node else set()
+    if seam.is_exports:
+        names = source.exports.elts if source.exports else []
+        return {ast.literal_eval(name) for name in names}
     node = source.functions.get(seam.qualname)
     return set(Signature(source, node).params) if node else set()

@@ -61,6 +61,7 @@ class _Grafted:
 
 _grafted: dict[tuple[str, str], _Grafted] = {}  # by (file, qualname): all ever touched
 _current: dict[str, list[Seam]] | None = None  # by file: the seams in force
+_exported: dict[str, set[str]] = {}  # by file: public names that are there by a graft
 
 
 def graft(seams: Iterable[Seam], tree: Iterable[Seam]) -> None:
@@ -93,7 +94,7 @@ def by_file(seams: Iterable[Seam]) -> dict[str, list[Seam]]:
 def _plan(
     file: str, seams: Sequence[Seam], loaded: Sequence[Seam]
 ) -> list[Callable[[], None]]:
-    """What brings every function and class of ``file`` that is or will be touched to its new state."""
+    """What brings all of ``file`` that is or will be touched, functions, classes and names, to its new state."""
     module = importlib.import_module(module_name(file))
     text = splice(installed().source(file), seams)
     name = f"{module.__file__}{SUFFIX}"
@@ -103,12 +104,16 @@ def _plan(
         exec(line, module.__dict__)
 
     changes: list[Callable[[], None]] = []
+    before = (_current or {}).get(file, [])
     options = [seam for seam in seams if seam.is_class]
-    before = _current.get(file, []) if _current else []
     if options != [seam for seam in before if seam.is_class]:
         changes.append(plan_options(module, code, options))
+    if any(seam.is_exports for seam in [*seams, *before]):
+        in_tree = {n for seam in loaded if seam.is_exports for n in seam.adds}
+        wanted = [n for seam in seams if seam.is_exports for n in seam.adds]
+        changes.append(partial(_export, module, file, set(wanted) - in_tree))
     touched = [qualname for f, qualname in _grafted if f == file]
-    named = [seam.qualname for seam in seams if not seam.is_class]
+    named = [seam.qualname for seam in seams if seam.is_function]
     for qualname in dict.fromkeys([*touched, *named]):
         grafted = _resolve(module, file, qualname)
         group = [seam for seam in seams if seam.qualname == qualname]
@@ -120,6 +125,17 @@ def _plan(
             state = _patched(grafted, patched, group)
             changes.append(partial(state.put, grafted.function))
     return changes
+
+
+def _export(module: types.ModuleType, file: str, names: set[str]) -> None:
+    """Let ``names`` be the ones that ``module`` exports by a graft; their imports have run."""
+    before = _exported.get(file, set())
+    public = module.__all__
+    for name in before - names:
+        delattr(module, name)
+        public.remove(name)
+    public += sorted(names - before)
+    _exported[file] = names
 
 
 def _resolve(module: types.ModuleType, file: str, qualname: str) -> _Grafted:

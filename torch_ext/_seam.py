@@ -5,7 +5,8 @@ are keyword-only. Its docstring is what the patch adds to upstream's. Its body i
 says "and here upstream's body goes on", and without it the seam replaces the body. For an example see
 ``torch_ext/seams/__init__.py``.
 
-A seam that is a class holds assignments, which upstream's class gets behind its own: new options of a config.
+A seam that is a class holds assignments, which upstream's class gets behind its own: new options of a config. An
+``exports(patch, names...)`` statement is a seam of the module: it gets the names, which the file imports.
 """
 
 import ast
@@ -30,11 +31,12 @@ from torch_ext._source import (
 
 @dataclass(frozen=True)
 class Seam:
-    """One change to one upstream function or class.
+    """One change to one upstream function or class, or to the public names of an upstream module.
 
     ``needs`` are parameters that upstream's function has; ``adds`` maps the new ones to their source text;
     ``prologue`` is source text without indentation; ``imports`` are what it uses of the seam file's imports. Of a
-    class, ``adds`` and ``prologue`` are its new assignments, one by one and as they stand.
+    class, ``adds`` and ``prologue`` are its new assignments, one by one and as they stand. Of a module, ``adds`` has
+    the new names, and ``qualname`` is ``__all__``.
     """
 
     patch: str
@@ -48,6 +50,12 @@ class Seam:
     replaces_body: bool
     imports: tuple[str, ...]
     is_class: bool = False
+    is_exports: bool = False
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it changes a function."""
+        return not (self.is_class or self.is_exports)
 
     def __str__(self) -> str:
         return f"{self.qualname} in {self.file}"
@@ -74,6 +82,11 @@ def read_seam_file(path: Path, file: str) -> list[Seam]:
     ]
     return [
         *(
+            _read_exports(file, stmt.value, imports)
+            for stmt in source.tree.body
+            if isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call)
+        ),
+        *(
             _read_class_seam(source, file, qualname, node, imports)
             for qualname, node in source.classes.items()
             if node.decorator_list
@@ -83,6 +96,31 @@ def read_seam_file(path: Path, file: str) -> list[Seam]:
             for qualname, node in source.functions.items()
         ),
     ]
+
+
+def _read_exports(
+    file: str, call: ast.Call, imports: Sequence[ast.Import | ast.ImportFrom]
+) -> Seam:
+    patch, *names = (ast.literal_eval(arg) for arg in call.args)
+    bound = set().union(*map(_binds, imports))
+    if ast.unparse(call.func) != "exports" or not bound.issuperset(names):
+        raise PatchError(
+            f"Expected a statement of the seams of {file} to be exports(patch, names...) of names that the file "
+            f"imports, got {ast.unparse(call)}."
+        )
+    return Seam(
+        patch=patch,
+        file=file,
+        qualname="__all__",
+        base=(),
+        needs=(),
+        adds={name: name for name in names},
+        doc="",
+        prologue="",
+        replaces_body=False,
+        imports=tuple(ast.unparse(s) for s in imports if _binds(s) & set(names)),
+        is_exports=True,
+    )
 
 
 def _read_seam(

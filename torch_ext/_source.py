@@ -69,6 +69,14 @@ class Source:
                 break
         return line
 
+    @cached_property
+    def exports(self) -> ast.List | None:
+        """The list that the file assigns to ``__all__``."""
+        for stmt in self.tree.body:
+            if isinstance(stmt, ast.Assign) and _names_all(stmt):
+                return stmt.value if isinstance(stmt.value, ast.List) else None
+        return None
+
     def fingerprint(self, qualname: str) -> str | None:
         """Hash of a function or class without its docstring, the same under every Python release; ``None`` if it is
         missing.
@@ -78,6 +86,10 @@ class Source:
             return None
         text = _dump(node, node.body[0] if docstring(node) else None)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _names_all(stmt: ast.Assign) -> bool:
+    return [getattr(target, "id", "") for target in stmt.targets] == ["__all__"]
 
 
 def assigned(node: ast.ClassDef) -> dict[str, ast.stmt]:
@@ -108,7 +120,7 @@ def body_line(node: Definition) -> int:
     return min([first.lineno, *(d.lineno for d in decorators)])
 
 
-def end_line(node: ast.stmt) -> int:
+def end_line(node: ast.stmt | ast.expr) -> int:
     assert node.end_lineno is not None
     return node.end_lineno
 

@@ -10,7 +10,7 @@ Whether a seam still fits upstream's function is not decided here but in ``_drif
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch_ext._error import PatchError
 from torch_ext._seam import Seam
@@ -31,7 +31,7 @@ def splice(source: Source, seams: Iterable[Seam]) -> str:
     edits = [
         edit
         for group in by_function.values()
-        for edit in (_class_edits if group[0].is_class else _edits)(source, group)
+        for edit in _edits_of(group[0])(source, group)
     ]
     if imports:
         at = source.offset(source.import_line())
@@ -81,6 +81,12 @@ def _edits(source: Source, seams: Sequence[Seam]) -> list[Edit]:
     return edits
 
 
+def _edits_of(seam: Seam) -> Callable[[Source, Sequence[Seam]], list[Edit]]:
+    if seam.is_exports:
+        return _export_edits
+    return _class_edits if seam.is_class else _edits
+
+
 def _class_edits(source: Source, seams: Sequence[Seam]) -> list[Edit]:
     """The edit of one class: assignments behind its own."""
     where = seams[0]
@@ -99,6 +105,18 @@ def _class_edits(source: Source, seams: Sequence[Seam]) -> list[Edit]:
     at = source.offset(end_line(node) + 1)
     text = "".join(seam.prologue for seam in seams)
     return [(at, at, textwrap.indent(text, " " * node.body[0].col_offset))]
+
+
+def _export_edits(source: Source, seams: Sequence[Seam]) -> list[Edit]:
+    """The edit of ``__all__``: names behind those that it has."""
+    where = seams[0]
+    node = source.exports
+    if node is None or not node.elts:
+        raise PatchError(f"Expected {where.file} to assign a list to __all__.")
+    at = source.offset(end_line(node.elts[-1]) + 1)
+    margin = " " * node.elts[0].col_offset
+    names = [name for seam in seams for name in seam.adds]
+    return [(at, at, "".join(f'{margin}"{name}",\n' for name in names))]
 
 
 def merge_docs(literal: str, docs: Iterable[str], margin: str) -> str:

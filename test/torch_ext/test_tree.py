@@ -89,6 +89,8 @@ torch.nn.utils._convert""",
             for seam in (seam for seam in seams if not seam.is_class):
                 path = self.root / seam.file
                 tree = compile(path.read_text(), str(path), "exec", dont_inherit=True)
+                if seam.is_exports:
+                    continue
                 grafted = _graft._grafted[seam.file, seam.qualname].function.__code__
                 self.assertEqual(grafted, _graft.find_code(tree, seam.qualname))
                 self.assertNotEqual(grafted, find_stock_code(seam))

@@ -21,6 +21,7 @@ A class that is decorated itself holds new options of a config module's class::
     @seam("load_lazy", base=("<fingerprint>",))
     class load:
         lazy_mode: str = "map"
+New public names of a module are no function's change: the file imports them, and says :func:`exports`.
 
 The files are read as text by :mod:`torch_ext._splice` and never imported; :func:`seam` exists so that linters and
 people can follow them.
@@ -40,5 +41,15 @@ def seam(patch: str, *, base: tuple[str, ...]) -> Callable[[F], F]:
         patch: name of the patch in the series.
         base: fingerprints (:func:`torch_ext._splice.fingerprint`) of the upstream functions that the seam was written
             for, one for each distinct text among the supported torch releases.
+    """
+    raise RuntimeError(f"Seams are read as text and never run, got a call for {patch}")
+
+
+def exports(patch: str, *names: str) -> None:
+    """Let the upstream module have ``names``, which the seam file imports, in its namespace and in its ``__all__``.
+
+    Args:
+        patch: name of the patch in the series.
+        names: what of the seam file's imports is public.
     """
     raise RuntimeError(f"Seams are read as text and never run, got a call for {patch}")
