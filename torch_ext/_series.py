@@ -139,4 +139,28 @@ there, the context now overrides an explicit device of factory functions.""",
         files=("torch/utils/_device_meta.py",),
         tests=("test/utils/test_device_context_meta.py",),
     ),
+    Patch(
+        name="deferred_init",
+        subject="[nn] Add torch.nn.utils.deferred_init and meta_init",
+        summary="`torch.nn.utils.deferred_init`, `materialize_module`: construct now, initialize later, bit for bit; "
+        "`meta_init`: a meta context that is hard to escape",
+        rationale="""\
+With torch.device("meta") a constructor that names a device, uses a legacy
+constructor or NumPy escapes, one that reads a value fails, and what it
+computed (non-persistent buffers) is lost. meta_init() adds a function mode and
+a dispatch mode under which all of it ends on meta, and values that can be
+known are told. deferred_init(fn) does the same and records what is done to
+each storage, so that materialize_module(deferred_init(fn)) is fn(), bit for
+bit, in any order.""",
+        files=("torch/nn/utils/_deferred_init",),
+        tests=(
+            "test/nn/test_deferred_init.py",
+            "test/nn/test_deferred_init_law.py",
+            "test/nn/test_deferred_init_use.py",
+            "test/nn/test_meta_init.py",
+            "test/nn/escapes.py",
+        ),
+        requires=("to_empty_skip_materialized",),
+        rfc="rfcs/RFC-0003-deferred-init.md",
+    ),
 )

@@ -1,0 +1,188 @@
+"""Give what is deferred its memory and its values, while it stays the same object.
+
+Law: whatever is materialized, in whatever order, has the values, ties, strides and classes of eager construction, and
+the storages that tensors share then they share now. Nothing is changed if replaying raises. What has memory already,
+from a checkpoint perhaps, is left alone, and so is what was on meta on purpose.
+
+A tensor that autograd computed (the ``weight`` of the old ``torch.nn.utils.weight_norm``) becomes a leaf with its
+value. Found are parameters, buffers, and tensors in the attributes of modules, also in lists, tuples, sets, dicts and
+plain objects there; others, such as one in a closure, stay deferred for :func:`materialize_tensor`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import Module
+from torch.nn.parameter import is_lazy
+from torch.nn.utils._deferred_init._random import reality
+from torch.nn.utils._deferred_init._slot import Ref, Slot, slot_of
+from torch.nn.utils._deferred_init._tape import pending, replay, run
+from torch.utils._swap_meta import swap_all
+
+
+Target = tuple[torch.device | None, torch.dtype | None]
+
+
+def is_deferred(value: Any) -> bool:
+    """See :func:`torch.nn.utils.is_deferred`."""
+    if isinstance(value, Module):
+        return any(is_deferred(t) for m in value.modules() for t in tensors_of(m))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected a Tensor or a Module, got {type(value).__name__}.")
+    with (
+        torch._C.DisableTorchFunction()
+    ):  # lazy parameters, and whoever is inside of a context
+        return value.is_meta and slot_of(value) is not None
+
+
+def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
+    """Materialize those of ``tensors`` that are deferred.
+
+    Args:
+        target: device and floating dtype; None is that of eager construction.
+        eager: whether the generators are put where eager construction leaves them even if nothing is drawn.
+    """
+    with torch._C.DisableTorchFunction():
+        found = {id(t): t for t in tensors if is_deferred(t)}
+        slots: dict[Slot, list[Tensor]] = {}
+        for tensor in found.values():
+            slot = slot_of(tensor)
+            assert slot is not None
+            slots.setdefault(slot, []).append(tensor)
+        unmoved = [slot for slot in slots if target not in slot.moved]
+        drawn = replay(unmoved, handed_over=True)
+        with reality():
+            pairs = [
+                (tensor, _real(tensor, slot, target))
+                for slot, group in slots.items()
+                for tensor in group
+            ]
+            swap_all([tensor for tensor, _ in pairs], [data for _, data in pairs])
+        if drawn or (eager and slots):
+            for stream in {s for slot in slots for s in slot.tape.streams()}:
+                stream.finish()
+
+
+def _real(tensor: Tensor, slot: Slot, target: Target) -> Tensor:
+    """The real tensor that ``tensor`` is to be."""
+    device, dtype = target
+    cast = dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype
+    if is_lazy(tensor):
+        data = torch.empty(0, dtype=cast, device=device or slot.device)
+        return data.requires_grad_(tensor.requires_grad)
+    ref = Ref(slot, tensor)
+    data = ref.tensor(_memory(slot, (device, cast), tensor.dtype))
+    if cast != tensor.dtype:
+        ref.dtype = cast
+        data = ref.tensor(_memory(slot, (device, cast), tensor.dtype))
+    return data.requires_grad_(tensor.requires_grad)
+
+
+def _memory(slot: Slot, target: Target, dtype: torch.dtype) -> torch.UntypedStorage:
+    """The memory of ``slot`` as ``target`` wants it: one for all tensors that share it."""
+    device, cast = target
+    key = (device, cast if cast != dtype else None)
+    memory = slot.moved.get(key)
+    if memory is None:
+        memory = slot.memory()
+        if cast != dtype:
+            whole = torch.empty(0, dtype=dtype, device=memory.device).set_(memory)
+            memory = whole.to(device=device, dtype=cast).untyped_storage()
+        elif device is not None and memory.device != _indexed(device):
+            memory = _bytes(memory).to(device).untyped_storage()
+        slot.moved[key] = memory
+    return memory
+
+
+def _bytes(memory: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.empty(0, device=device).device
+
+
+def shard(tensor: Tensor, index: Any) -> Tensor:
+    """The values of ``tensor[index]``, which shares memory with nothing; ``tensor`` stays deferred."""
+    slot = slot_of(tensor)
+    assert slot is not None
+    with reality():
+        memory: dict[Slot, torch.UntypedStorage] = {}
+
+        def scratch(ref: Ref) -> Tensor:
+            if ref.slot not in memory:
+                made = torch.UntypedStorage(ref.slot.nbytes, device=ref.slot.device)
+                if ref.slot.real is not None:
+                    made.copy_(ref.slot.memory())
+                memory[ref.slot] = made
+            return ref.tensor(memory[ref.slot])
+
+        def take(ref: Ref, made: Tensor) -> None:
+            scratch(ref).copy_(made)
+
+        for node in pending([slot]):
+            run(node, scratch, take)
+        return scratch(Ref(slot, tensor))[index].clone()
+
+
+def chosen(
+    module: Module, buffers_only: bool, check_fn: Callable[[Module], bool] | None
+) -> list[Tensor]:
+    """The tensors that :func:`torch.nn.utils.materialize_module` is asked for."""
+    modules = [m for m in module.modules() if check_fn is None or check_fn(m)]
+    tensors = [t for m in modules for t in tensors_of(m)]
+    if not buffers_only:
+        return tensors
+    kept = {id(p) for m in module.modules() for p in m._parameters.values()}
+    return [t for t in tensors if id(t) not in kept]
+
+
+def check_deferred(module: Module) -> None:
+    """Raise if a parameter or buffer of ``module`` has memory already."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if not is_deferred(tensor):
+            raise ValueError(
+                f"Expected every tensor of the module to be deferred, got {name} on {tensor.device}. "
+                "(Did you mean skip_materialized=True?)"
+            )
+
+
+def tensors_of(module: Module) -> Iterator[Tensor]:
+    """The tensors that ``module`` itself holds, wherever."""
+    for tensors in (module._parameters, module._buffers):
+        yield from (t for t in tensors.values() if t is not None)
+    seen: set[int] = set()
+    for name, value in module.__dict__.items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            yield from _inside(value, seen)
+
+
+_LEAVES = (bool, int, float, complex, str, bytes, type(None), type, Module, torch.dtype)
+
+
+def _inside(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, _LEAVES) or (
+        callable(value) and not hasattr(value, "__dict__")
+    ):
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        parts: Iterable[Any] = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = list(value)
+    elif type(value).__module__.partition(".")[0] in _OPAQUE:
+        return
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    for part in parts:
+        yield from _inside(part, seen)
+
+
+_OPAQUE = {"builtins", "torch", "numpy", "logging", "threading", "weakref", "types"}

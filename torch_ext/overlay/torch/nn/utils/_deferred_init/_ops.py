@@ -1,0 +1,387 @@
+"""Record what reaches the dispatcher: the general case, for any op, as the calls in ``_calls.py`` are not.
+
+An op whose tensors are all under construction, or that makes one, runs on meta, for the shapes, and is recorded. Law:
+what it returns stands for what it would return in eager construction. What has no answer on meta (``item``, a shape
+that depends on data, no kernel) is answered by the truth: what is known of the operands is replayed, the op is
+called for real, and its results are constants. A real tensor that is written to is written to at once.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils._deferred_init._random import count, reality
+from torch.nn.utils._deferred_init._schema import (
+    below_modes,
+    is_plain,
+    Op,
+    op_of,
+    unknown,
+    UnknownValue,
+    where,
+)
+from torch.nn.utils._deferred_init._slot import (
+    attach,
+    CPU,
+    detach,
+    FRESH,
+    META,
+    READ,
+    Ref,
+    Slot,
+    slot_of,
+    slot_on,
+    WRITE,
+)
+from torch.nn.utils._deferred_init._tape import (
+    Constant,
+    has_tensors,
+    in_place,
+    name_of,
+    Node,
+    replay,
+    Tape,
+    tensors_in,
+)
+
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+
+class Ops:
+    """What a context does to ops."""
+
+    def __init__(self, tape: Tape, device: torch.device) -> None:
+        self.tape = tape
+        self.device = device  # of what names none
+        self.storages: list[torch.UntypedStorage] = []
+        self.twins: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    # -- tensors
+
+    def slot(self, tensor: Tensor, device: torch.device) -> Slot:
+        """The slot of what was made on meta instead of on ``device``."""
+        storage = tensor.untyped_storage()
+        if not self.tape.random:
+            self.storages.append(storage)
+        return slot_on(storage, self.tape, device)
+
+    def adopt(self, real: Tensor) -> Tensor:
+        """A tensor on meta that stands for ``real``, whose memory it will have."""
+        storage = real.untyped_storage()
+        twin = self.twin(storage)
+        meta = torch.empty(0, dtype=real.dtype, device=META)
+        meta.set_(twin, real.storage_offset(), real.size(), real.stride())
+        if real.is_conj():
+            meta = torch._conj(meta)
+        return torch._neg_view(meta) if real.is_neg() else meta
+
+    def twin(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """The storage on meta that stands for ``storage``."""
+        found = self.twins.get(storage._cdata)
+        if found is None:
+            twin = torch.UntypedStorage(storage.nbytes(), device=META)
+            slot = Slot(self.tape, storage.nbytes(), storage.device)
+            slot.real = storage
+            attach(twin, slot)
+            if not self.tape.random:
+                self.storages.append(twin)
+            # NB: both are kept, so that neither address is given to another storage.
+            found = self.twins[storage._cdata] = (twin, storage)
+        return found[0]
+
+    def value(self, value: Any, handed_over: bool = False) -> Any:
+        """The real tensor that ``value`` stands for, in a list as well; other values as they are."""
+        if isinstance(value, Tensor):
+            slot = slot_of(value)
+            if slot is None:
+                return value
+            replay((slot,), handed_over)
+            if handed_over:  # and may come back
+                storage = value.untyped_storage()
+                self.twins[slot.memory()._cdata] = (storage, slot.memory())
+            with reality():
+                real = in_place(Ref(slot, value))
+                return real.requires_grad_() if value.requires_grad else real
+        if type(value) in (list, tuple) and has_tensors(value):
+            return type(value)(map(self.value, value))
+        return value
+
+    def forget(self) -> None:
+        """What was made stands for nothing any more, and what it stood for is freed."""
+        for storage in self.storages:
+            detach(storage)
+        self.storages.clear()
+        self.twins.clear()
+
+    # -- ops
+
+    def call(
+        self,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Do what ``func`` does as far as it can be done on meta, and record the rest."""
+        op = op_of(func)
+        tensors = list(tensors_in((*args, *kwargs.values())))
+        known = [t for t in tensors if is_plain(t) and slot_of(t) is not None]
+        if not all(is_plain(t) for t in tensors):
+            call = self.execute if known else _call
+            return call(op, func, args, kwargs)
+        real = [t for t in tensors if not t.is_meta]
+        # NB: meta kernels make plain tensors of what is to be quantized.
+        if "quantize" in op.name or "affine" in op.name:
+            return self.execute(op, func, args, kwargs)
+        if op.name == "set_":
+            return self._set(func, args, kwargs)
+        if op.name in ("lift_fresh", "lift") and real:
+            return self.adopt(args[0])
+        if not known and not real:
+            return self._make(op, func, args, kwargs, tensors)
+        if len(known) + len(real) < len(tensors):
+            return self._poison(op, func, args, kwargs)
+        if op.tells or any(not t.is_meta for t in op.written(args, kwargs)):
+            return self.execute(op, func, args, kwargs)
+        if op.random and op.writes and not op.fills:
+            return self.execute(
+                op, func, args, kwargs
+            )  # how much it draws depends on what it writes to
+        if op.views or op.name == "resize_":
+            return self._view(func, args, kwargs)
+        return self._record(op, func, args, kwargs)
+
+    def _make(
+        self,
+        op: Op,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+    ) -> Any:
+        """A factory, or an op on tensors of which nothing is known."""
+        named = kwargs.get("device", META)
+        if not op.device or self.device == META or (tensors and named == META):
+            return func(*args, **kwargs)
+        if tensors and op.name == "_to_copy":  # an error, out of meta
+            return func(*args, **kwargs)
+        # NB: a model's own tensor on meta never comes here. This is one that C++ makes beside another tensor, as
+        # the right side of `t[i] = 0`.
+        if named == META:
+            kwargs = {**kwargs, "device": self.device}
+        return self._record(op, func, args, kwargs)
+
+    def _view(
+        self,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        made = func(*_map(self._on_meta, args), **kwargs)
+        for tensor in tensors_in((made,)):
+            slot = slot_of(tensor)
+            if slot is not None:  # resize_() changes it
+                slot.nbytes = tensor.untyped_storage().nbytes()
+        return made
+
+    def _record(
+        self,
+        op: Op,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        written = op.written(args, kwargs)
+        tensors = list(tensors_in((*args, *kwargs.values())))
+        device = kwargs.get("device") or _device_of(tensors)
+        on_meta = {k: _map(_shape, v) for k, v in kwargs.items() if k != "generator"}
+        if op.device:
+            on_meta["device"] = META
+            on_meta.pop("pin_memory", None)
+        try:
+            # NB: a fill changes no shape, and several are slow on meta.
+            skip = op.fills and op.name != "copy_"
+            with below_modes():
+                made = args[0] if skip else func(*_map(_shape, args), **on_meta)
+        except Exception:  # no kernel, or what eager construction raises as well
+            return self.execute(op, func, args, kwargs)
+        if op.dtype and isinstance(made, Tensor):
+            kwargs = {**kwargs, "dtype": made.dtype}  # the default may be another later
+        outs = list(tensors_in((made,)))
+        if not written and not all(is_plain(t) for t in outs):
+            return self.execute(op, func, args, kwargs)
+        fresh = [t for t in outs if slot_of(t) is None]
+        for tensor in fresh:
+            self.slot(tensor, torch.device(device))
+        self._add(op, func, args, kwargs, written or outs, fresh)
+        if written:
+            return written[0] if len(outs) == 1 else tuple(written)
+        return made
+
+    def _add(
+        self,
+        op: Op,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outs: list[Tensor],
+        fresh: list[Tensor],
+    ) -> None:
+        node = Node(func)
+        node.args, node.kwargs = (
+            _map(encode, args),
+            {k: _map(encode, v) for k, v in kwargs.items()},
+        )
+        kinds: dict[Slot, int] = {}
+        for tensor in tensors_in((*args, *kwargs.values())):
+            if (slot := slot_of(tensor)) is not None:
+                kinds[slot] = READ
+        refs = [Ref(known, t) for t in outs if (known := slot_of(t)) is not None]
+        for ref in refs:
+            whole = ref.is_whole() and op.fills and len(kinds) == 1
+            kinds[ref.slot] = FRESH if whole else WRITE
+        for tensor in fresh:
+            if (slot := slot_of(tensor)) is not None:
+                kinds[slot] = FRESH
+        if op.name == "copy_" and len(kinds) == 2 and refs[0].is_whole():
+            kinds[refs[0].slot] = FRESH
+        node.outs = tuple(refs) if not op.writes else ()
+        node.fills = READ not in kinds.values() and (op.fills or not op.writes)
+        node.takes_generator = op.generator
+        if op.random:
+            self.draw(node, op.name, refs[0])
+        node.touch(*kinds.items())
+
+    def draw(self, node: Node, name: str, ref: Ref) -> None:
+        """Record that ``node`` draws for ``ref``."""
+        if not self.tape.random:
+            node.func = unknown(name)
+            return
+        node.kwargs = dict(node.kwargs)
+        own = node.kwargs.pop("generator", None)
+        numbers = count(name, ref)
+        if own is None:
+            stream = self.tape.stream(ref.slot.device)
+            draw = node if numbers is None else numbers
+            node.draw = (stream, stream.add(draw))
+            return
+        # A generator of the user's, who may ask for its state any time: it moves now.
+        node.kwargs["generator"] = own.clone_state()
+        with reality():
+            if node.fills:
+                node.kwargs, kept = {**node.kwargs, "generator": own}, node.kwargs
+                node.call(None, Ref.scratch)
+                node.kwargs = kept
+
+    def execute(
+        self,
+        op: Op,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call ``func`` now, on real tensors: what is made is known by its value, what is written to is up to date."""
+        if op.random and kwargs.get("generator") is None and self.tape.random:
+            self.tape.stream(_device_of(tensors_in(args))).sync()
+        written = op.written(args, kwargs)
+        with reality():
+            try:
+                args = tuple(map(self.value, args))
+                kwargs = {k: self.value(v) for k, v in kwargs.items()}
+            except UnknownValue as e:
+                e.args = (f"{e} It is needed by {op.name}, called at {where()}.",)
+                raise
+            made = func(*args, **kwargs)
+        if written:
+            return written[0] if isinstance(made, Tensor) else tuple(written)
+        return _map(self._adopt_plain, made)
+
+    def _adopt_plain(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        return self.adopt(value) if is_plain(value) else self.unplain(value)
+
+    def unplain(self, real: Tensor) -> Tensor:
+        """What stands for a sparse, nested or quantized tensor: itself, where it is to be real."""
+        if self.tape.random:
+            return real
+        try:
+            return real.to(META)
+        except (RuntimeError, NotImplementedError, AssertionError):
+            return real
+
+    def _poison(
+        self,
+        op: Op,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An op on something of which nothing is known: neither is what it writes to."""
+        made = func(*_map(_shape, args), **kwargs)
+        for tensor in op.written(args, kwargs):
+            if (slot := slot_of(tensor)) is not None:
+                node = Node(unknown(name_of(func)))
+                node.touch((slot, WRITE))
+        return made
+
+    def _set(
+        self,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """``t.set_(source, ...)``: the storage is what carries the history."""
+        return func(*self.with_twin(args, kwargs), **kwargs)
+
+    def with_twin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The arguments of ``set_`` with a source that is on meta as the target is."""
+        target, *rest = args
+        if not rest or not is_plain(target):
+            return args
+        source = rest[0]
+        if isinstance(source, Tensor):
+            source = self._on_meta(source)
+        elif source.device != META and target.is_meta:
+            source = self.twin(getattr(source, "_untyped_storage", source))
+        return target, source, *rest[1:]
+
+    def _on_meta(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and not value.is_meta:
+            return self.adopt(value)
+        return value
+
+
+def _call(op: Op, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def encode(value: Any) -> Any:
+    """What stands for a tensor on the tape."""
+    if not isinstance(value, Tensor):
+        return value
+    slot = slot_of(value)
+    return Constant(value) if slot is None else Ref(slot, value)
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor) and not value.is_meta:
+        return torch.empty_strided(
+            value.size(), value.stride(), dtype=value.dtype, device=META
+        )
+    return value
+
+
+def _map(do: Callable[[Any], Any], value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)([_map(do, v) for v in value])
+    return do(value)
+
+
+def _device_of(tensors: Iterable[Tensor]) -> torch.device:
+    for tensor in tensors:
+        slot = slot_of(tensor)
+        return tensor.device if slot is None else slot.device
+    return CPU

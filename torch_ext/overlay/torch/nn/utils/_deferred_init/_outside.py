@@ -1,0 +1,99 @@
+"""What the rest of torch asks about deferred tensors: to copy them, to pickle them, and where the generator would be.
+
+Law: a copy of a deferred tensor is deferred, with the values of the original; nothing is lost without an error.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils._deferred_init._context import current
+from torch.nn.utils._deferred_init._materialize import is_deferred
+from torch.nn.utils._deferred_init._moves import copy_of
+from torch.nn.utils._deferred_init._ops import Ops
+from torch.nn.utils._deferred_init._schema import below_modes, is_plain
+from torch.nn.utils._deferred_init._slot import CPU, FRESH, READ, Ref, slot_of, slot_on
+from torch.nn.utils._deferred_init._tape import Node
+
+
+__all__ = [
+    "deepcopy_parameter",
+    "deepcopy_tensor",
+    "is_deferred",
+    "parameter_data",
+    "sync_default_generator",
+    "to_pickle",
+]
+
+
+def deepcopy_parameter(parameter: Parameter, memo: dict[int, Any]) -> Any:
+    """As ``Parameter.__deepcopy__``: a clone of its data."""
+    if id(parameter) in memo:
+        return memo[id(parameter)]
+    slot = slot_of(parameter)
+    assert slot is not None
+    with torch._C.DisableTorchFunction(), torch.no_grad(), below_modes():
+        data = parameter.data.clone(memory_format=torch.preserve_format)
+    new = slot_on(data.untyped_storage(), slot.tape, slot.device)
+    node = Node(torch.clone)
+    node.args, node.outs = (Ref(slot, parameter),), (Ref(new, data),)
+    node.kwargs = {"memory_format": torch.preserve_format}
+    node.touch((slot, READ), (new, FRESH))
+    result = memo[id(parameter)] = type(parameter)(data, parameter.requires_grad)
+    return result
+
+
+def deepcopy_tensor(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """As ``Tensor.__deepcopy__``: tensors that share a storage share a copy of it."""
+    if id(tensor) in memo:
+        copied: Tensor = memo[id(tensor)]
+        return copied
+    if not tensor.is_leaf or type(tensor) is not Tensor:
+        raise RuntimeError(
+            "Expected a deferred tensor that is copied to be a leaf and a plain Tensor or Parameter, got "
+            f"{type(tensor).__name__}. (Did you mean to materialize it first?)"
+        )
+    slot = slot_of(tensor)
+    assert slot is not None
+    copied = copy_of(Ops(slot.tape, CPU), tensor, slot, memo)
+    copied.requires_grad_(tensor.requires_grad)
+    copied.__dict__ = copy.deepcopy(tensor.__dict__, memo)
+    memo[id(tensor)] = copied
+    return copied
+
+
+def parameter_data(data: Any) -> Any:
+    """The tensor that a Parameter of ``data`` is made of."""
+    recorder = current()
+    if recorder is None or not isinstance(data, Tensor):
+        return data
+    with torch._C.DisableTorchFunction():
+        if data.is_meta or not is_plain(data):
+            return data
+        return recorder.ops.adopt(data)
+
+
+def to_pickle(tensor: Tensor) -> Tensor:
+    """What is pickled for ``tensor``: inside of a deferred_init its values, outside nothing has any."""
+    if type(tensor) is not Tensor or not is_deferred(tensor):
+        return tensor
+    recorder = current()
+    if recorder is None:
+        raise RuntimeError(
+            f"Expected a tensor with data to pickle, got a deferred one of shape {list(tensor.shape)}. "
+            "(Did you mean to call torch.nn.utils.materialize_module first?)"
+        )
+    if not recorder.tape.random:
+        return tensor
+    with torch._C.DisableTorchFunction():
+        real: Tensor = recorder.ops.value(tensor, handed_over=True)
+    return real
+
+
+def sync_default_generator() -> None:
+    """Inside of a deferred_init, put the CPU's generator where eager construction would have it now."""
+    recorder = current()
+    if recorder is not None and recorder.tape.random:
+        recorder.tape.stream(CPU).sync()

@@ -1,0 +1,101 @@
+"""What can be told about an op or a tensor before anything is done with it."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+
+_PYTHON_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+
+
+def below_modes() -> Any:
+    """For calls that are recorded already, or are no business of any mode."""
+    return torch._C._ExcludeDispatchKeyGuard(_PYTHON_KEY)
+
+
+# What fills its first argument, and reads nothing of it.
+_FILLS = frozenset(
+    (
+        *("bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_"),
+        *("log_normal_", "normal_", "random_", "uniform_", "zero_"),
+    )
+)
+
+
+class Op:
+    """What the schema of an op tells about it."""
+
+    def __init__(self, func: "OpOverload[..., Any]") -> None:
+        arguments = func._schema.arguments
+        names = [a.name for a in arguments]
+        self.name = func._schema.name.removeprefix("aten::")
+        self.writes = [
+            a.name for a in arguments if a.alias_info and a.alias_info.is_write
+        ]
+        self.places = {name: i for i, name in enumerate(names)}
+        self.device = "device" in names
+        self.dtype = "dtype" in names
+        self.generator = "generator" in names
+        self.random = torch.Tag.nondeterministic_seeded in func.tags
+        self.fills = self.name in _FILLS
+        returns = func._schema.returns
+        self.views = any(r.alias_info for r in returns) and not self.writes
+        self.tells = not any("Tensor" in str(r.type) for r in returns)
+
+    def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        found = []
+        for name in self.writes:
+            place = self.places[name]
+            found.append(args[place] if place < len(args) else kwargs.get(name))
+        return [t for t in found if t is not None]
+
+
+@functools.lru_cache(None)
+def op_of(func: "OpOverload[..., Any]") -> Op:
+    return Op(func)
+
+
+class UnknownValue(RuntimeError):
+    """A value was asked for that nobody can know."""
+
+
+@functools.lru_cache(None)
+def unknown(name: str) -> Callable[..., Any]:
+    """Stands for a call whose result nobody can know."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise UnknownValue(
+            f"Expected a value that can be known while a module is constructed on meta, got one that {name} makes, "
+            "which draws random numbers or reads what has no data. (Did you mean torch.nn.utils.deferred_init?)"
+        )
+
+    return fail
+
+
+def where() -> str:
+    """The line of the innermost caller that is not torch."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name != "torch" and not name.startswith("torch.") and name != "contextlib":
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is a strided tensor that no subclass has its hands in."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return False
+    if value.is_quantized or value.is_nested:
+        return False
+    return type(value).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
