@@ -136,8 +136,12 @@ always got, and the results are the same bit for bit.""",
 A module constructor that names a device escapes `with torch.device("meta")`
 and allocates and initializes memory that nobody asked for. On meta, and only
 there, the context now overrides an explicit device of factory functions.""",
-        files=("torch/utils/_device_meta.py",),
-        tests=("test/utils/test_device_context_meta.py",),
+        files=("torch/utils/_device_constants.py", "torch/utils/_device_meta.py"),
+        tests=(
+            "test/utils/device_factories.py",
+            "test/utils/test_device_context_constants.py",
+            "test/utils/test_device_context_meta.py",
+        ),
     ),
     Patch(
         name="deferred_init",

@@ -10,21 +10,23 @@ A *default* device (``torch.set_default_device("meta")``) is no block and overri
 explicit. It is told apart because only it goes through ``DeviceContext.__enter__``: the
 ``with`` statement and the decorator push the mode from C++.
 
-Limits: a constructor may read the constants that it makes on an explicit device
-(Note [Constants]), but not what it *computes* from them (``(2 * c).item()``), nor one that
-it wrote to; and an operation between such a constant and a real tensor of one or more
-dimensions raises, as between any two devices. What names no device or never reaches a
+A constructor may read the constants that it makes on an explicit device, and what it
+computes from them: see ``torch/utils/_device_constants.py``.
+
+Limits: random numbers cannot be read, since nothing is drawn, nor what is computed from
+constants larger than 1 MiB. What names no device or never reaches a
 function mode is as without this file: legacy constructors, ``torch.range``, ``.to()``,
 ``from_numpy``, ATen ops called directly. Quantized and nested tensors, which meta lacks,
 ``out=`` and ``asarray(copy=False)`` keep the device that they name.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device_constants import all_immutable, Constants, is_alone
 
 
 Function: TypeAlias = Callable[..., Any]
@@ -54,7 +56,8 @@ class MetaBlock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rule = _rules().get
-        self.constants: dict[int, _Constant] = {}  # by the address of their storage
+        self.constants = Constants()
+        self.known = self.constants.known
         self.overruled = 0  # depth of calls that come from a block inside of this one
 
     def call(
@@ -65,30 +68,26 @@ class MetaBlock:
         # what is done before that is known is paid for by all the others.
         rule = self.rule(func)
         if rule is None:
+            if self.known:
+                kwargs = kwargs or {}
+                return self.constants.follow(func, args, kwargs, kwargs)
             return func(*args) if kwargs is None else func(*args, **kwargs)
         if rule is not _override:
             return rule(self, func, args, kwargs or {})
         if kwargs is None:
-            return func(*args, device=self.device)
-        device = kwargs.get("device")
-        if device is None:
-            kwargs["device"] = self.device
-        elif device != self.device:
-            return _override(self, func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def constant(self, value: Any) -> "_Constant | None":
-        """Return the constant that ``value`` is or is a view of, if what it holds is known."""
-        if not (isinstance(value, torch.Tensor) and value.is_meta):
-            return None
-        if value.layout is not torch.strided or value.is_conj() or value.is_neg():
-            return None
-        address = value.untyped_storage()._cdata
-        found = self.constants.get(address)
-        if found is None or found.meta.untyped_storage()._cdata != address:
-            return None
-        # The views of a tensor count their writes together with it.
-        return found if found.meta._version == 0 else None
+            kwargs = {"device": self.device}
+        else:
+            device = kwargs.get("device")
+            if device is None:
+                kwargs["device"] = self.device
+            elif device != self.device:
+                return _override(self, func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):  # a size may be a constant
+            if not self.known:
+                raise
+            return self.constants.follow(func, args, kwargs, kwargs)
 
 
 class RealBlock:
@@ -117,78 +116,15 @@ class RealBlock:
                 outer.overruled -= 1
 
 
-# Note [Constants]
-# ~~~~~~~~~~~~~~~~
-# Constructors name a device because they want to look at what they make, as the drop path
-# schedules of timm do: `[x.item() for x in torch.linspace(0, rate, n, device="cpu")]`. The
-# meta tensor that a block makes instead therefore remembers how it would have been made;
-# asked for its value in Python, it (or a view of it) has the call made on the device that
-# was named, once, and tells the truth. A constant is found by the address of its storage,
-# which nothing else can get as long as the block holds the tensor. Once the storage may
-# have been written to, the value is forgotten, and asking raises as it does for any meta
-# tensor.
-#
-# NB: no mode sees `other.set_(constant)`; what is then written through `other` is missed.
-class _Constant:
-    __slots__ = ("args", "func", "kwargs", "meta", "real")
-
-    def __init__(
-        self,
-        meta: torch.Tensor,
-        func: Function,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.meta, self.func, self.args, self.kwargs = meta, func, args, kwargs
-        self.real: torch.Tensor | None = None
-
-    def make(self) -> torch.Tensor:
-        # NB: kept once made: an array that `numpy()` handed out shares this memory, so
-        # that what is written to it shows in what is read later.
-        if self.real is None:
-            self.real = self.func(*self.args, **self.kwargs)
-        return self.real
-
-    def view(self, like: torch.Tensor) -> torch.Tensor:
-        """Return of the real tensor the view that ``like`` is of the meta one."""
-        real = self.make()
-        # NB: `as_tensor` may have returned a part of another tensor.
-        offset = real.storage_offset() + like.storage_offset()
-        view = torch.empty(0, dtype=like.dtype, device=real.device)
-        return view.set_(real.untyped_storage(), offset, like.size(), like.stride())
-
-    def is_faithful(self) -> bool:
-        """Whether the real tensor lies in its memory as the meta one does."""
-        real = self.make()
-        return real.stride() == self.meta.stride() and not (
-            real.is_conj() or real.is_neg()
-        )
-
-
-# The caller may change the data that a constant was made of, so the real tensor is made at
-# once; what is larger is not worth the memory: nobody reads it number by number.
-_SMALL = 1 << 16  # bytes
-
-_IMMUTABLE = frozenset(
-    (
-        *(bool, int, float, complex, str, type(None), torch.Size),
-        *(torch.device, torch.dtype, torch.layout, torch.memory_format),
-    )
-)
-
-
-def _is_immutable(values: Iterable[Any]) -> bool:
-    return all(
-        type(v) in _IMMUTABLE or (type(v) is tuple and _is_immutable(v)) for v in values
-    )
-
-
 @functools.lru_cache
 def _parse(device: str) -> torch.device:
     with (
         torch._C.DisableTorchFunction()
     ):  # no mode is to see it, nor to have its say in the cache
         return torch.device(device)
+
+
+_FILLED = frozenset((torch.ones, torch.zeros))
 
 
 def _override(
@@ -198,14 +134,22 @@ def _override(
     named = kwargs["device"]
     if isinstance(named, str):
         named = _parse(named)  # raises as it does without the block
-    if block.overruled or kwargs.get("out") is not None:
+    if block.overruled:
+        return block.constants.read(func, args, kwargs)
+    if kwargs.get("out") is not None:
         return func(*args, **kwargs)
     if func is torch.asarray and kwargs.get("copy") is False:
         return func(*args, **kwargs)
+    really = {**kwargs, "device": named}
     kwargs["device"] = block.device
-    made = func(*args, **kwargs)
+    if func in _FILLED and is_alone() and all_immutable(args):
+        made = torch.empty(*args, **kwargs)  # on meta there is nothing to fill
+    elif block.known:
+        made = block.constants.follow(func, args, kwargs, really)
+    else:
+        made = func(*args, **kwargs)
     if func in _known() and named != block.device:
-        _remember(block, made, func, args, {**kwargs, "device": named})
+        block.constants.add(made, func, args, really)
     return made
 
 
@@ -214,7 +158,7 @@ def _override_explicit(
 ) -> Any:
     """Rule of what knows a device without one being named."""
     if kwargs.get("device") is None:
-        return func(*args, **kwargs)
+        return block.constants.follow(func, args, kwargs, kwargs)
     return _override(block, func, args, kwargs)
 
 
@@ -238,54 +182,11 @@ def _fill_in(
     return func(*args, **kwargs)
 
 
-def _remember(
-    block: MetaBlock,
-    made: Any,
-    func: Function,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    """Note how ``made`` would have been made: see Note [Constants]."""
-    # What other modes are to see is the user's calls.
-    with torch._C.DisableTorchFunction():
-        if type(made) is not torch.Tensor or made.layout is not torch.strided:
-            return
-        if made.requires_grad or made.is_inference():  # the latter count no writes
-            return
-        kwargs["dtype"] = made.dtype  # the default one may be another by then
-        constant = _Constant(made, func, args, kwargs)
-        if not (_is_immutable(args) and _is_immutable(kwargs.values())):
-            if made.nbytes > _SMALL:
-                return
-            kwargs["device"] = "cpu"
-            try:
-                if not constant.is_faithful():
-                    return
-            except (RuntimeError, NotImplementedError):  # made of a meta tensor
-                return
-        block.constants[made.untyped_storage()._cdata] = constant
-
-
 def _read(
     block: MetaBlock, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Rule of what tells Python the values of tensors: tell those of constants."""
-    if block.constants:
-        with torch._C.DisableTorchFunction():
-            args = tuple(c.view(a) if (c := block.constant(a)) else a for a in args)
-    return func(*args, **kwargs)
-
-
-def _forget(
-    block: MetaBlock, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Rule of what gives a storage to a tensor that counts its writes on its own."""
-    if block.constants:
-        with torch._C.DisableTorchFunction():
-            for value in args:
-                if block.constant(value):
-                    del block.constants[value.untyped_storage()._cdata]
-    return func(*args, **kwargs)
+    return block.constants.read(func, args, kwargs)
 
 
 @functools.lru_cache(1)
@@ -308,8 +209,6 @@ def _rules() -> dict[Function, Rule]:
     rules.update(dict.fromkeys(_members(torch.Tensor, reads), _read))
     reads = "allclose equal is_nonzero"
     rules.update(dict.fromkeys(_members(torch, reads), _read))
-    data: Any = torch.Tensor.data
-    rules[data.__get__] = rules[data.__set__] = _forget
     return rules
 
 
