@@ -71,7 +71,9 @@ MAKERS = {
         pick(made, i).clamp(0, 1)
     ),
     "dropout": lambda made, size, dtype, i, v: torch.dropout(pick(made, i), 0.5, True),
-    "parameter": lambda made, size, dtype, i, v: nn.Parameter(pick(made, i)).data,
+    "parameter": lambda made, size, dtype, i, v: (
+        nn.Parameter(pick(made, i), pick(made, i).is_floating_point()).data
+    ),
 }
 
 

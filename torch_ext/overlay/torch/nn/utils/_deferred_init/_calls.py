@@ -17,13 +17,22 @@ from torch.nn.utils._deferred_init._moves import deepcopy, move
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._schema import (
     below_modes,
+    call_below,
     is_plain,
     unknown,
     UnknownValue,
     where,
 )
-from torch.nn.utils._deferred_init._slot import FRESH, META, Ref, slot_of, WRITE
-from torch.nn.utils._deferred_init._tape import has_tensors, Node, tensors_in
+from torch.nn.utils._deferred_init._slot import (
+    attach,
+    FRESH,
+    mark_of,
+    META,
+    Ref,
+    slot_of,
+    WRITE,
+)
+from torch.nn.utils._deferred_init._tape import Filled, has_tensors, Node, tensors_in
 
 
 if TYPE_CHECKING:
@@ -44,42 +53,56 @@ def make(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
     device = recorder.device if named is None else torch.device(named)
     ops = recorder.ops
     if device.type == "meta" and ops.tape.random:  # the model's own
-        with below_modes():
-            return func(*args, **{**kwargs, "device": META})
-    if kwargs.get("out") is not None or has_tensors((args, *kwargs.values())):
-        return func(*args, **_moved(recorder, kwargs))
+        return call_below(func, args, {**kwargs, "device": META})
+    if kwargs.get("out") is not None or _have_tensors(args, kwargs):
+        return func(*args, **_moved(kwargs))
     if recorder.report is not None and named is not None:
         recorder.overridden(func, device)
-    device = recorder.real_device(device)
-    with below_modes():
-        made = func(*args, **_moved(recorder, kwargs))
+    made = call_below(func, args, _moved(kwargs))
     if made.layout is not torch.strided or made.is_quantized or made.is_nested:
         return make_unplain(recorder, func, args, kwargs)
+    device = recorder.real_device(device)
+    if func in _whole_fills():
+        # NB: under meta_init only values matter, and nobody writes so much number by number to read it.
+        if ops.tape.random or made.nbytes <= _SMALL:
+            fill_with = _whole_fills()[func]
+            ops.fill(made, Filled(ops.tape, device, fill_with, (), None, made.dtype))
+        return made
     slot = ops.slot(made, device)
-    if func not in _empty():
-        node = Node(func)
-        node.args = args
-        node.kwargs = {**kwargs, "device": device, "dtype": made.dtype}
-        node.kwargs.pop("requires_grad", None)
-        ref = Ref(slot, made)
-        node.outs = (ref,)
-        node.fills = True
-        if func in _random():
-            ops.draw(node, func.__name__, ref)
-        node.touch((slot, FRESH))
+    node = Node(func)
+    node.args = args
+    node.kwargs = {**kwargs, "device": device, "dtype": made.dtype}
+    node.kwargs.pop("requires_grad", None)
+    ref = Ref(slot, made)
+    node.outs = (ref,)
+    node.fills = True
+    if func in _random():
+        ops.draw(node, func.__name__, ref)
+    node.touch((slot, FRESH))
     return made
+
+
+_SMALL = 1 << 20  # bytes
+
+
+def _fill_with_ones(tensor: Tensor) -> Tensor:
+    return tensor.fill_(1)
+
+
+def _have_tensors(args: Args, kwargs: Kwargs) -> bool:
+    return has_tensors(args) or bool(kwargs and has_tensors(kwargs.values()))
 
 
 def make_plainly(
     recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs
 ) -> Any:
     """``torch.normal(mean, std, size)``: a factory, unless it is given tensors."""
-    if has_tensors((args, *kwargs.values())):
+    if _have_tensors(args, kwargs):
         return func(*args, **kwargs)
     return make(recorder, func, args, kwargs)
 
 
-def _moved(recorder: "Recorder", kwargs: Kwargs) -> Kwargs:
+def _moved(kwargs: Kwargs) -> Kwargs:
     kwargs = {**kwargs, "device": META}
     kwargs.pop("pin_memory", None)
     return kwargs
@@ -99,7 +122,7 @@ def make_of_values(
     if not ops.tape.random and any(
         slot_of(t) is None for t in tensors_in(args) if t.is_meta
     ):
-        return func(*args, **_moved(recorder, kwargs))
+        return func(*args, **_moved(kwargs))
     kwargs = {**kwargs, "device": recorder.real_device(device)}
     leaf = kwargs.pop("requires_grad", False)
     with reality():
@@ -160,25 +183,40 @@ def fill(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
         args = (kwargs["tensor"],)
         kwargs = {k: v for k, v in kwargs.items() if k != "tensor"}
     target, *rest = args
-    slot = slot_of(target)
-    if slot is None or has_tensors((*rest, *kwargs.values())):
+    mark, tape = mark_of(target), recorder.ops.tape
+    if mark is None and (tape.random or not target.is_meta or not is_plain(target)):
         return func(*args, **kwargs)
-    draws = func not in _constant_fills()
+    if _have_tensors(args[1:], kwargs):
+        return func(*args, **kwargs)
     if func in _inits():
         if func is torch.nn.init.kaiming_uniform_ and target.dim() < 2:
             return func(*args, **kwargs)  # an error
     elif target.requires_grad and torch.is_grad_enabled():
         return func(*args, **kwargs)  # an error, for a leaf
-    if draws and not recorder.ops.tape.random:
-        Node(unknown(func.__name__)).touch((slot, WRITE))
+    if mark is None:  # nothing is known of it, nor will be
         return target
+    draws = func not in _constant_fills()
+    if draws and not tape.random:
+        func, rest, kwargs = unknown(func.__name__), [], {}
+    if type(mark) is Filled and not (draws and tape.random) and _is_whole(target):
+        filled = Filled(tape, mark.device, func, tuple(rest), kwargs, target.dtype)
+        attach(target.untyped_storage(), filled)
+        return target
+    slot = slot_of(target)
+    assert slot is not None
     ref = Ref(slot, target)
     node = Node(func)
     node.args, node.kwargs, node.fills = (ref, *rest), kwargs, True
-    if draws:
+    if draws and tape.random:
         recorder.ops.draw(node, func.__name__, ref)
     node.touch((slot, FRESH if ref.is_whole() else WRITE))
     return target
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it has every byte of its storage once."""
+    nbytes: int = tensor.numel() * tensor.element_size()
+    return tensor.is_contiguous() and nbytes == tensor.untyped_storage().nbytes()
 
 
 def set_data(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
@@ -260,8 +298,10 @@ _DRAWS = """bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ rando
 
 
 @functools.lru_cache(1)
-def _empty() -> frozenset[Function]:
-    return frozenset(_members(torch, "empty empty_permuted empty_strided"))
+def _whole_fills() -> dict[Function, Function | None]:
+    """What is done to the memory of what these make, if anything."""
+    fills = dict.fromkeys(_members(torch, "empty empty_permuted empty_strided"))
+    return {**fills, torch.zeros: Tensor.zero_, torch.ones: _fill_with_ones}
 
 
 @functools.lru_cache(1)

@@ -147,12 +147,16 @@ class _Calls(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         rule = self.rule(func)
-        if rule is None or not self.recorder.is_innermost():
-            return func(*args, **kwargs) if kwargs else func(*args)
+        recorder = self.recorder
         # NB: a dispatch mode that was entered inside of the context has the first say.
-        if _dispatch_modes() != self.below:
-            return func(*args, **(kwargs or {}))
-        return rule(self.recorder, func, args, kwargs or {})
+        if (
+            rule is None
+            or recorder.tape.closed
+            or getattr(_thread, "recorder", None) is not recorder
+            or _dispatch_modes() != self.below
+        ):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return rule(recorder, func, args, kwargs or {})
 
 
 class _MetaCalls(_Calls, DeviceContext):

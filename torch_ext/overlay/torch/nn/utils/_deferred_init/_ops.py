@@ -36,6 +36,7 @@ from torch.nn.utils._deferred_init._slot import (
 )
 from torch.nn.utils._deferred_init._tape import (
     Constant,
+    Filled,
     has_tensors,
     in_place,
     name_of,
@@ -67,6 +68,13 @@ class Ops:
         if not self.tape.random:
             self.storages.append(storage)
         return slot_on(storage, self.tape, device)
+
+    def fill(self, tensor: Tensor, filled: Filled) -> None:
+        """Let ``tensor``, which has all of its storage for itself, be ``filled``."""
+        storage = tensor.untyped_storage()
+        if not self.tape.random:
+            self.storages.append(storage)
+        attach(storage, filled)
 
     def adopt(self, real: Tensor) -> Tensor:
         """A tensor on meta that stands for ``real``, whose memory it will have."""

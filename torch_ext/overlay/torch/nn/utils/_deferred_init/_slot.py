@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 if TYPE_CHECKING:
-    from torch.nn.utils._deferred_init._tape import Node, Tape
+    from torch.nn.utils._deferred_init._tape import Filled, Node, Tape
 
 
 READ, WRITE, FRESH = range(3)  # FRESH: every byte is written and none is read
@@ -57,26 +57,33 @@ class Slot:
         return self.real
 
 
-def slot_of(tensor: Tensor) -> Slot | None:
-    """The slot of the storage of ``tensor``; None if it has none."""
+def mark_of(tensor: Tensor) -> "Slot | Filled | None":
+    """What stands for the memory of ``tensor``: its slot, or one to be."""
     try:
-        slot: Slot | None = tensor.untyped_storage().__dict__.get(_NAME)
+        return tensor.untyped_storage().__dict__.get(_NAME)
     except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
         return None
-    return slot
+
+
+def slot_of(tensor: Tensor) -> Slot | None:
+    """The slot of the storage of ``tensor``; None if it has none."""
+    mark = mark_of(tensor)
+    if mark is None or isinstance(mark, Slot):
+        return mark
+    return mark.become_slot(tensor.untyped_storage())
 
 
 def slot_on(storage: torch.UntypedStorage, tape: "Tape", device: torch.device) -> Slot:
     """The slot of ``storage``, on meta, which from now on stands for memory on ``device`` if it had none."""
-    slot: Slot | None = storage.__dict__.get(_NAME)
-    if slot is None:
-        slot = storage.__dict__[_NAME] = Slot(tape, storage.nbytes(), device)
-    return slot
+    mark = storage.__dict__.get(_NAME)
+    if mark is None:
+        mark = storage.__dict__[_NAME] = Slot(tape, storage.nbytes(), device)
+    return mark if type(mark) is Slot else mark.become_slot(storage)
 
 
-def attach(storage: torch.UntypedStorage, slot: Slot) -> None:
-    """Let ``storage``, on meta, stand for the memory of ``slot``."""
-    storage.__dict__[_NAME] = slot
+def attach(storage: torch.UntypedStorage, mark: "Slot | Filled") -> None:
+    """Let ``storage``, on meta, stand for the memory of a slot."""
+    storage.__dict__[_NAME] = mark
 
 
 def detach(storage: torch.UntypedStorage) -> None:

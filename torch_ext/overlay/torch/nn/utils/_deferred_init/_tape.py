@@ -9,7 +9,7 @@ operands; one that nobody can want any more is freed with the storages that it w
 import bisect
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,15 @@ from torch.nn.utils._deferred_init._random import (
     reality,
     Stream,
 )
-from torch.nn.utils._deferred_init._slot import FRESH, READ, Ref, Slot
+from torch.nn.utils._deferred_init._slot import (
+    detach,
+    FRESH,
+    META,
+    READ,
+    Ref,
+    Slot,
+    slot_on,
+)
 
 
 lock = threading.RLock()  # held while anything is replayed
@@ -160,6 +168,41 @@ class Tape:
         return list(self._streams.values())
 
 
+class Filled:
+    """A slot to be, to which nothing was done but to fill the whole of it, or not even that.
+
+    Most of a model is such, and this takes a tenth of what a slot takes with a node.
+
+    Args:
+        func: what fills a tensor of ``dtype``, given that and ``args``; None: the memory is not initialized.
+    """
+
+    __slots__ = ("args", "device", "dtype", "func", "kwargs", "tape")
+
+    def __init__(
+        self,
+        tape: Tape,
+        device: torch.device,
+        func: Callable[..., Any] | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.uint8,
+    ) -> None:
+        self.tape, self.device, self.dtype = tape, device, dtype
+        self.func, self.args, self.kwargs = func, args, kwargs
+
+    def become_slot(self, storage: torch.UntypedStorage) -> Slot:
+        detach(storage)
+        slot = slot_on(storage, self.tape, self.device)
+        if self.func is not None:
+            node = Node(self.func)
+            whole = torch.empty(0, dtype=self.dtype, device=META).set_(storage)
+            node.args = (Ref(slot, whole), *self.args)
+            node.kwargs, node.fills = self.kwargs or {}, True
+            node.touch((slot, FRESH))
+        return slot
+
+
 def replay(
     slots: Sequence[Slot], handed_over: bool = False, before: int | None = None
 ) -> bool:
@@ -245,7 +288,14 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def has_tensors(values: Iterable[Any]) -> bool:
+_NO_TENSORS = frozenset(
+    (bool, int, float, str, type(None), torch.Size, torch.device, torch.dtype)
+)
+
+
+def has_tensors(values: Collection[Any]) -> bool:
+    if _NO_TENSORS.issuperset(map(type, values)):
+        return False
     for value in values:
         if isinstance(value, Tensor):
             return True
