@@ -5,6 +5,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 
 import torch
@@ -117,6 +118,28 @@ class TestMaterialize(DeferredTestCase):
         del module.extra
         nn.utils.materialize_module(module)
         self.assertEqual(module.weight, self.eager(lambda: nn.Linear(3, 3))[0].weight)
+
+    def test_a_large_real_tensor_that_changes_is_an_error(self):
+        large, small = torch.ones(1 << 19), torch.ones(4)
+
+        def f():
+            m = nn.Module()
+            m.one = nn.Parameter(torch.zeros(1 << 19) + large)
+            m.two = nn.Parameter(torch.zeros(4) + small)
+            return m
+
+        module = self.deferred(f)
+        large.add_(1)
+        small.add_(1)
+        line = f"{__file__}:{f.__code__.co_firstlineno + 2}"
+        with self.assertRaisesRegex(
+            RuntimeError,
+            rf"real tensor of shape \[524288\] that add\S* \({re.escape(line)}\) reads",
+        ):
+            nn.utils.materialize_module(module)
+        self.assertTrue(nn.utils.is_deferred(module.one))
+        nn.utils.materialize_tensor(module.two)
+        self.assertEqual(module.two, torch.ones(4))  # as it was
 
     def test_the_tape_is_released(self):
         module = self.deferred(

@@ -246,6 +246,8 @@ class Ops:
         for tensor in tensors_in((*args, *kwargs.values())):
             if (slot := slot_of(tensor)) is not None:
                 kinds[slot] = READ
+            else:
+                node.line = where()
         refs = [Ref(known, t) for t in outs if (known := slot_of(t)) is not None]
         for ref in refs:
             whole = ref.is_whole() and op.fills and len(kinds) == 1

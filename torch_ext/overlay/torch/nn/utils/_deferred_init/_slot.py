@@ -75,10 +75,10 @@ def slot_of(tensor: Tensor) -> Slot | None:
 
 def slot_on(storage: torch.UntypedStorage, tape: "Tape", device: torch.device) -> Slot:
     """The slot of ``storage``, on meta, which from now on stands for memory on ``device`` if it had none."""
-    mark = storage.__dict__.get(_NAME)
+    mark: Slot | Filled | None = storage.__dict__.get(_NAME)
     if mark is None:
         mark = storage.__dict__[_NAME] = Slot(tape, storage.nbytes(), device)
-    return mark if type(mark) is Slot else mark.become_slot(storage)
+    return mark if isinstance(mark, Slot) else mark.become_slot(storage)
 
 
 def attach(storage: torch.UntypedStorage, mark: "Slot | Filled") -> None:

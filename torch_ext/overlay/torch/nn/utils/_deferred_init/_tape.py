@@ -66,6 +66,7 @@ class Node:
 
     Attributes:
         index: its place in the program.
+        line: where it was called, of one that reads a real tensor that must not change.
         func: what was called; None once it was run.
         outs: what the tensors that it returns are views of; None for one that needs no memory of its own.
         touched: ``(slot, READ | WRITE | FRESH)`` of all that it has to do with.
@@ -79,10 +80,10 @@ class Node:
         *("line", "outs", "takes_generator", "touched"),
     )
 
-    def __init__(self, func: Callable[..., Any], line: str = "") -> None:
+    def __init__(self, func: Callable[..., Any]) -> None:
         self.index = next(_program)
         self.func: Callable[..., Any] | None = func
-        self.line = line
+        self.line = ""
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
         self.outs: tuple[Ref | None, ...] = ()
