@@ -94,8 +94,15 @@ beside it and renames.""",
 Nested wrappers materialize bottom-up, and a parent's to_empty wipes what a
 child just initialized (#90465, #104187). With skip_materialized=True only
 tensors on meta get memory. They stay the same objects, so ties, hooks and
-optimizers that refer to them stay valid.""",
-        files=("torch/nn/modules/_to_empty.py", "torch/utils/_swap_meta.py"),
+optimizers that refer to them stay valid; DTensors do, too. Module._apply lets
+what it is called with exchange tensors in place, so that whatever overrides
+of it do around that is done.""",
+        files=(
+            "torch/nn/modules/_init_once.py",
+            "torch/nn/modules/_to_empty.py",
+            "torch/utils/_sharded_meta.py",
+            "torch/utils/_swap_meta.py",
+        ),
         tests=("test/nn/test_to_empty_skip_materialized.py",),
     ),
     Patch(
@@ -167,5 +174,25 @@ bit, in any order.""",
         ),
         requires=("to_empty_skip_materialized",),
         rfc="rfcs/RFC-0003-deferred-init.md",
+    ),
+    Patch(
+        name="materialize_sharded",
+        subject="[distributed] Initialize sharded modules on meta once, each rank its part",
+        summary="FSDP initializes each module once, however wrappers are nested; `materialize_module` gives each rank "
+        "its shards of the unsharded model",
+        rationale="""\
+FullyShardedDataParallel empties modules that have their values already, and a
+param_init_fn that calls to_empty wipes what nested wrappers sharded (#90465,
+#104187). Now each module with something on meta is initialized once, and the
+rest is left alone. fully_shard and distribute_tensor remember which part of
+which parameter on meta a rank has, so that materialize_module gives it that
+part of the values which deferred_init recorded, or reset_parameters() makes:
+bit for bit those of the unsharded model, in the memory of the shards and one
+whole tensor (or module), without communication, and without the random ops of
+DTensor (#196562).""",
+        files=("torch/distributed/fsdp/_materialize.py",),
+        tests=(),
+        requires=("to_empty_skip_materialized", "deferred_init"),
+        rfc="rfcs/RFC-0004-materialize-sharded-modules.md",
     ),
 )

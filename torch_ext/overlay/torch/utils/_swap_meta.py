@@ -46,9 +46,15 @@ __all__ = [
 # why hooks stop firing after it.
 
 
-def swap_meta(tensor: Tensor, data: Tensor) -> None:
-    """Let ``tensor``, a leaf on meta, have the memory, sizes and dtype of ``data``."""
-    swap_all([tensor], impls_for([tensor], [data]))
+def swap_meta(tensor: Tensor, data: Tensor) -> Tensor:
+    """Let ``tensor``, a leaf on meta, have the memory, sizes and dtype of ``data``.
+
+    Returns:
+        Tensor: what :func:`swap_all` exchanges ``tensor`` with to undo it.
+    """
+    (impl,) = impls = impls_for([tensor], [data])
+    swap_all([tensor], impls)
+    return impl
 
 
 def impls_for(tensors: list[Tensor], data: Iterable[Tensor]) -> list[Tensor]:

@@ -87,8 +87,14 @@ class Module:
                 ``num_batches_tracked``, become zero; anything else is uninitialized. Default:
                 ``False``
         """
-        if skip_materialized:
-            from torch.nn.modules import _to_empty
+        from torch.nn.modules import _to_empty
 
+        if skip_materialized or _to_empty.skips():
             return _to_empty.to_empty(self, device=device, recurse=recurse)
+        ...
+
+    @seam("to_empty_skip_materialized", base=("c794bb38d69f5b78",))
+    def _apply(self, fn, recurse=True):
+        if hasattr(fn, "_apply_to_module"):  # changes tensors in place
+            return fn._apply_to_module(self, recurse)
         ...

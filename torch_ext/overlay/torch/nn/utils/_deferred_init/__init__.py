@@ -190,6 +190,7 @@ def materialize_module(
     buffers_only: bool = False,
     check_fn: Callable[[Module], bool] | None = None,
     skip_materialized: bool = True,
+    init_fn: Callable[[Module], None] | None = None,
 ) -> M:
     """Give what is deferred of a module and its submodules its memory and values.
 
@@ -197,28 +198,59 @@ def materialize_module(
     Tensors stay the same objects. What the module keeps in plain attributes, also in lists, tuples, sets and dicts, is
     materialized with it. If this raises, the module is as it was.
 
+    Of a parameter that :func:`~torch.distributed.fsdp.fully_shard` or
+    :func:`~torch.distributed.tensor.distribute_tensor` has sharded on meta, each rank gets its part: bit for bit that of
+    the unsharded model, without communication, and with one whole tensor in memory at a time. All ranks have to start
+    from the same seed, and each draws all numbers. Where nothing was recorded (``with torch.device("meta")``),
+    ``init_fn`` initializes the modules that have something on meta, one after the other in the order of
+    :meth:`~torch.nn.Module.modules`, each once, and sees its parameters whole.
+
     Args:
         module (Module): what :func:`deferred_init` returned, or a part of it.
         device (torch.device, optional): where tensors are to be. Values are computed where the constructor computes
-            them, and moved: on CUDA where it names ``"cuda"``, else on the CPU. Default: where the constructor would.
-        dtype (torch.dtype, optional): what floating-point tensors are cast to.
+            them, and moved: on CUDA where it names ``"cuda"``, else on the CPU. Default: where the constructor would,
+            and for a sharded parameter the device of its mesh.
+        dtype (torch.dtype, optional): what floating-point tensors that are deferred are cast to.
         buffers_only (bool): leave parameters deferred. Default: ``False``
         check_fn (Callable, optional): called with each submodule; what it returns ``False`` for is left out.
         skip_materialized (bool): when ``False``, a tensor that has memory already is an error. Default: ``True``
+        init_fn (Callable, optional): initializes the parameters and buffers that the module which it is called with
+            itself has, for modules that have some on meta of which nothing was recorded. They have memory by then, and
+            what has its values already is a copy. Default: ``reset_parameters()``, for a sharded model that was not
+            made by :func:`deferred_init`; other tensors that were put on meta stay there
 
     Returns:
         Module: ``module``
 
     Raises:
         ValueError: ``skip_materialized=False``, and a tensor is not deferred.
-        RuntimeError: a real tensor that the recorded calls read was written to.
+        RuntimeError: a real tensor that the recorded calls read was written to; or a module that would have to be
+            initialized has no ``reset_parameters()``.
+
+    Example::
+
+        >>> # xdoctest: +SKIP("distributed")
+        >>> m = torch.nn.utils.deferred_init(Transformer, config)
+        >>> for layer in m.layers:
+        ...     fully_shard(layer)
+        >>> fully_shard(m)
+        >>> torch.nn.utils.materialize_module(m)  # each rank its shards of Transformer(config)
     """
     from torch.nn.utils._deferred_init import _materialize
 
     target = torch.device(device) if device is not None else None
     if not skip_materialized:
         _materialize.check_deferred(module)
+    if init_fn is not None and buffers_only:
+        raise ValueError("Expected buffers_only=False with init_fn, got both.")
     tensors = _materialize.chosen(module, buffers_only, check_fn)
-    untouched = all(t.is_meta for t in tensors)
-    _materialize.materialize(tensors, (target, dtype), eager=untouched)
+    if any(map(is_deferred, tensors)):
+        untouched = all(t.is_meta for t in tensors)
+        _materialize.materialize(tensors, (target, dtype), eager=untouched)
+        _materialize.tell_fsdp(module)
+        by_default = False
+    else:
+        by_default = any(map(_materialize.is_sharded_on_meta, tensors))
+    if by_default or init_fn is not None:
+        _materialize.initialize(module, (target, dtype), check_fn, init_fn)
     return module

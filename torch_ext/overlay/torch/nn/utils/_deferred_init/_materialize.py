@@ -14,11 +14,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules._init_once import (
+    check_can_reset,
+    initialize as initialize_once,
+    reset_parameters,
+)
+from torch.nn.modules._to_empty import own
 from torch.nn.modules.module import Module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._slot import Ref, Slot, slot_of
-from torch.nn.utils._deferred_init._tape import pending, replay, run
+from torch.nn.utils._deferred_init._tape import (
+    lock,
+    memory_of,
+    pending,
+    replay,
+    run,
+)
+from torch.utils._sharded_meta import (
+    is_sharded,
+    local_of,
+    part_of,
+    shell_for,
+    tell_fsdp,
+)
 from torch.utils._swap_meta import swap_all
 
 
@@ -34,7 +53,15 @@ def is_deferred(value: Any) -> bool:
     with (
         torch._C.DisableTorchFunction()
     ):  # lazy parameters, and whoever is inside of a context
-        return value.is_meta and slot_of(value) is not None
+        return value.is_meta and slot_of(recorded(value)) is not None
+
+
+def recorded(tensor: Tensor) -> Tensor:
+    """What was recorded of ``tensor``: of a shard, the view of the whole tensor that it was cut from."""
+    if not is_sharded(tensor):
+        return tensor
+    part = part_of(tensor)
+    return local_of(tensor) if part is None else part.view
 
 
 def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
@@ -47,22 +74,58 @@ def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
     with torch._C.DisableTorchFunction():
         found = {id(t): t for t in tensors if is_deferred(t)}
         slots: dict[Slot, list[Tensor]] = {}
+        shards: dict[Slot, list[Tensor]] = {}
         for tensor in found.values():
-            slot = slot_of(tensor)
+            slot = slot_of(recorded(tensor))
             assert slot is not None
-            slots.setdefault(slot, []).append(tensor)
+            kind = shards if is_sharded(tensor) else slots
+            kind.setdefault(slot, []).append(tensor)
         unmoved = [slot for slot in slots if target not in slot.moved]
         drawn = replay(unmoved, handed_over=True)
-        with reality():
+        with lock, reality():
             pairs = [
                 (tensor, _real(tensor, slot, target))
                 for slot, group in slots.items()
                 for tensor in group
             ]
+            for slot, group in shards.items():
+                drawn |= any(node.draw is not None for node in pending([slot]))
+                pairs += _cut(slot, group, target)
             swap_all([tensor for tensor, _ in pairs], [data for _, data in pairs])
-        if drawn or (eager and slots):
-            for stream in {s for slot in slots for s in slot.tape.streams()}:
+            for tensor, shell in pairs:
+                if is_sharded(tensor):
+                    tensor._spec = shell._spec  # type: ignore[attr-defined]
+        if drawn or (eager and found):
+            tapes = {slot.tape for slot in (*slots, *shards)}
+            for stream in {s for tape in tapes for s in tape.streams()}:
                 stream.finish()
+
+
+def _cut(
+    slot: Slot, shards: list[Tensor], target: Target
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The local tensors of ``shards`` and the shards, each with what it is to be exchanged with."""
+    whole = _computed(slot)  # NB: in memory that is free again when this ends
+    for tensor in shards:
+        local, view = local_of(tensor), recorded(tensor)
+        device, dtype = target
+        cast = dtype if dtype and local.dtype.is_floating_point else local.dtype
+        memory = torch.zeros(
+            local.untyped_storage().nbytes() // local.dtype.itemsize,
+            dtype=cast,
+            device=device or tensor.device_mesh.device_type,  # type: ignore[attr-defined]
+        )
+        # NB: as it lies on meta; fully_shard wants room behind a shard that is smaller than others.
+        data = torch.empty(0, dtype=cast, device=memory.device).set_(
+            memory.untyped_storage(),
+            local.storage_offset(),
+            local.size(),
+            local.stride(),
+        )
+        data.copy_(whole(Ref(slot, view)))
+        data.requires_grad_(local.requires_grad)
+        yield local, data
+        yield tensor, shell_for(tensor, data)
 
 
 def _real(tensor: Tensor, slot: Slot, target: Target) -> Tensor:
@@ -106,25 +169,34 @@ def _indexed(device: torch.device) -> torch.device:
 
 def shard(tensor: Tensor, index: Any) -> Tensor:
     """The values of ``tensor[index]``, which shares memory with nothing; ``tensor`` stays deferred."""
-    slot = slot_of(tensor)
+    view = recorded(tensor)
+    slot = slot_of(view)
     assert slot is not None
-    with reality():
-        memory: dict[Slot, torch.UntypedStorage] = {}
+    with lock, reality():
+        return _computed(slot)(Ref(slot, view))[index].clone()
 
-        def scratch(ref: Ref) -> Tensor:
-            if ref.slot not in memory:
-                made = torch.UntypedStorage(ref.slot.nbytes, device=ref.slot.device)
-                if ref.slot.real is not None:
-                    made.copy_(ref.slot.memory())
-                memory[ref.slot] = made
-            return ref.tensor(memory[ref.slot])
 
-        def take(ref: Ref, made: Tensor) -> None:
+def _computed(slot: Slot) -> Callable[[Ref], Tensor]:
+    """Compute the memory of ``slot`` for a while; return what tells the tensors in it."""
+    memory: dict[Slot, torch.UntypedStorage] = {}
+
+    def scratch(ref: Ref) -> Tensor:
+        if ref.slot not in memory:
+            made = torch.UntypedStorage(ref.slot.nbytes, device=ref.slot.device)
+            if ref.slot.real is not None:
+                made.copy_(ref.slot.memory())
+            memory[ref.slot] = made
+        return ref.tensor(memory[ref.slot])
+
+    def take(ref: Ref, made: Tensor) -> None:
+        if ref.slot in memory or ref.slot.real is not None:
             scratch(ref).copy_(made)
+        else:
+            memory[ref.slot] = memory_of(ref, made)
 
-        for node in pending([slot]):
-            run(node, scratch, take)
-        return scratch(Ref(slot, tensor))[index].clone()
+    for node in pending([slot]):
+        run(node, scratch, take)
+    return scratch
 
 
 def chosen(
@@ -137,6 +209,49 @@ def chosen(
         return tensors
     kept = {id(p) for m in module.modules() for p in m._parameters.values()}
     return [t for t in tensors if id(t) not in kept]
+
+
+def is_sharded_on_meta(tensor: Tensor) -> bool:
+    return is_sharded(tensor) and tensor.is_meta
+
+
+def initialize(
+    module: Module,
+    target: Target,
+    check_fn: Callable[[Module], bool] | None,
+    init_fn: Callable[[Module], None] | None,
+) -> None:
+    """Initialize what is on meta of ``module`` and was not recorded."""
+    device, dtype = target
+    modules = {
+        name: m
+        for name, m in module.named_modules()
+        if (check_fn is None or check_fn(m)) and any(t.is_meta for t in own(m))
+    }
+    tensors = [t for m in modules.values() for t in own(m) if t.is_meta]
+    sharded = [t for t in tensors if is_sharded(t)]
+    if dtype is not None and tensors:
+        raise ValueError(
+            f"Expected dtype=None for tensors that no deferred_init recorded, got {dtype}. (Did you mean to call "
+            "module.to(dtype) while it is on meta?)"
+        )
+    for name, m in modules.items():
+        for tensor in own(m):
+            if is_sharded_on_meta(tensor) and part_of(tensor) is None:
+                raise RuntimeError(
+                    f"Expected the sharded tensors of {name or 'the module'} to have been cut by fully_shard or "
+                    f"distribute_tensor on meta, got one of shape {list(tensor.shape)} that was not."
+                )
+    if init_fn is None:
+        check_can_reset(modules)
+    if sharded and device is None:
+        device = torch.device(sharded[0].device_mesh.device_type)  # type: ignore[attr-defined]
+    if tensors and device is None:
+        raise ValueError(
+            "Expected a device for tensors that no deferred_init recorded, got None."
+        )
+    initialize_once(list(modules.values()), device, init_fn or reset_parameters)
+    tell_fsdp(module)
 
 
 def check_deferred(module: Module) -> None:

@@ -1,0 +1,184 @@
+"""DTensors on meta: give one memory while it stays the same object, and know which part of what it is.
+
+A DTensor is a shell around the tensor with this rank's part. :func:`follow_local` brings the shell to where its local
+tensor is, by an exchange of impls as in ``_swap_meta.py``. :func:`distribute` and :func:`note_fsdp_shard` remember,
+with the storage of a local tensor on meta and for as long as that lives, the whole tensor on meta that it was cut from
+and the view of it that the rank has. Law: the values of the shard are those of that view.
+
+Remembered are shards that ``distribute_tensor`` and ``fully_shard`` cut, also one from what the other cut, in whatever
+order, even or not. Not remembered are those of ``DTensor.from_local`` and of ``redistribute``, explicit
+``_StridedShard`` and ``Partial`` placements, and ranks outside of the mesh. Nothing here imports ``torch.distributed``
+before the user does.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import Module
+from torch.utils._swap_meta import has_plain_keys, swap_all, undisturbed
+
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
+
+_NAME = "_part_of_whole"
+
+
+class Part(NamedTuple):
+    """What a shard was cut from: two tensors on meta, of which ``view`` is a view of ``whole``.
+
+    ``cuts`` are the ``(dim, start, length)`` of the cuts, one after the other.
+    """
+
+    whole: Tensor
+    view: Tensor
+    cuts: tuple[tuple[int, int, int], ...] = ()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that has the shape of the whole one."""
+        for cut in self.cuts:
+            tensor = tensor.narrow(*cut)
+        return tensor
+
+    def chunk(self, dim: int, chunks: int, index: int) -> "Part":
+        """The part of this part that ``torch.chunk`` makes the ``index``-th; empty if it makes less."""
+        size = self.view.size(dim)
+        length = -(-size // chunks)
+        start = min(index * length, size)
+        cut = (dim, start, min(length, size - start))
+        with undisturbed():
+            return Part(self.whole, self.view.narrow(*cut), (*self.cuts, cut))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The tensor with this rank's part of a DTensor; any other tensor itself."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def follow_local(tensor: Any) -> Tensor:
+    """Let ``tensor``, a DTensor, be on the device that its local tensor is on.
+
+    Returns:
+        Tensor: what :func:`~torch.utils._swap_meta.swap_all` exchanges it with to undo it.
+    """
+    shell = shell_for(tensor, tensor._local_tensor)
+    swap_all([tensor], [shell])
+    return shell
+
+
+def shell_for(tensor: Any, local: Tensor) -> Any:
+    """A DTensor around ``local`` that is sharded as the DTensor ``tensor`` is."""
+    spec = tensor._spec
+    if spec.tensor_meta is not None and spec.tensor_meta.dtype != local.dtype:
+        meta = spec.tensor_meta._replace(dtype=local.dtype)
+        spec = dataclasses.replace(spec, tensor_meta=meta)
+    return type(tensor)(local, spec, requires_grad=tensor.requires_grad)
+
+
+def tell_fsdp(module: Module) -> None:
+    """Let ``fully_shard`` take note that parameters of ``module`` were exchanged."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    if loaded is not None:
+        for submodule in module.modules():
+            if isinstance(submodule, loaded.FSDPModule):
+                submodule._apply(_Nothing(), recurse=False)
+
+
+class _Nothing:
+    """For ``_apply``: what it does around it is done."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _apply_to_module(self, module: Module, recurse: bool) -> Module:
+        return module
+
+
+def part_of(tensor: Tensor) -> Part | None:
+    """What ``tensor``, on meta, was cut from; None if that is not known."""
+    try:
+        part: Part | None = local_of(tensor).untyped_storage().__dict__.get(_NAME)
+    except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
+        return None
+    return part
+
+
+def distribute(
+    tensor: Tensor,
+    device_mesh: "DeviceMesh | None",
+    placements: "Sequence[Placement] | None",
+    src_data_rank: int | None,
+) -> "DTensor | None":
+    """``distribute_tensor`` of a tensor on meta; None if there is nothing to remember."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not (tensor.is_leaf and has_plain_keys(tensor)) or part_of(tensor) is not None:
+        return None
+    with undisturbed():
+        whole = tensor.detach()
+        twin = torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        # NB: a storage of its own, which the local tensor may share.
+        _note(twin, Part(whole, whole))
+    twin.requires_grad_(tensor.requires_grad)
+    sharded = distribute_tensor(
+        twin, device_mesh, placements, src_data_rank=src_data_rank
+    )
+    _note(sharded._local_tensor, _cut(whole, sharded))
+    return sharded
+
+
+def _cut(whole: Tensor, sharded: "DTensor") -> Part | None:
+    """The part of ``whole`` that this rank has, if its placements are plain."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, part = sharded.device_mesh, Part(whole, whole)
+    here = mesh.get_coordinate()
+    for dim, placement in enumerate(sharded.placements):
+        if here is not None and type(placement) is Shard:
+            part = part.chunk(placement.dim, mesh.size(dim), here[dim])
+        elif here is None or type(placement) is not Replicate:
+            return None
+    return part
+
+
+def note_fsdp_shard(fsdp_param: Any, sharded: "DTensor") -> None:
+    """Remember what ``fully_shard`` cuts ``sharded`` from: the parameter that the module has so far."""
+    module_info = fsdp_param._module_info
+    before = getattr(module_info.module, module_info.param_name)
+    if before is sharded or not before.is_meta:
+        return
+    part = part_of(before)
+    if part is None:
+        if is_sharded(before):
+            return
+        part = Part(before.detach(), before.detach())
+    mesh = fsdp_param.mesh_info
+    # NB: one that only replicates has no shards.
+    chunks, index = (
+        getattr(mesh, "shard_mesh_size", 1),
+        getattr(mesh, "shard_mesh_rank", 0),
+    )
+    part = part.chunk(fsdp_param.fsdp_placement.dim, chunks, index)
+    _note(sharded._local_tensor, part)
+
+
+def _note(local: Tensor, part: Part | None) -> None:
+    notes = local.untyped_storage().__dict__
+    notes.pop(_NAME, None)
+    if part is not None and (part.view.shape == local.shape):
+        notes[_NAME] = part
