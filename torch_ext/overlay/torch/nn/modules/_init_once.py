@@ -90,7 +90,7 @@ class Turns:
             if self.has_come(module):
                 with self._shown(module):
                     init(module)
-            elif containers and not any(own(module)):
+            elif containers and next(own(module), None) is None:
                 if not self._coming.isdisjoint(module.modules()):
                     init(module)
             self._done.update((id(t), t) for t in own(module))
