@@ -191,7 +191,11 @@ bit for bit those of the unsharded model, in the memory of the shards and one
 whole tensor (or module), without communication, and without the random ops of
 DTensor (#196562).""",
         files=("torch/distributed/fsdp/_materialize.py",),
-        tests=(),
+        tests=(
+            "test/distributed/fsdp/materialize_case.py",
+            "test/distributed/fsdp/test_fsdp_materialize.py",
+            "test/distributed/fsdp/test_fully_shard_materialize.py",
+        ),
         requires=("to_empty_skip_materialized", "deferred_init"),
         rfc="rfcs/RFC-0004-materialize-sharded-modules.md",
     ),

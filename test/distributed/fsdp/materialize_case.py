@@ -1,10 +1,8 @@
 """A model of three levels, how often its modules are initialized, and processes that shard it; for tests next to it."""
 
 import copy
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.common_distributed import MultiProcContinuousTest
@@ -133,10 +131,3 @@ class MaterializeCase(MultiProcContinuousTest):
         ddp = DistributedDataParallel(model, broadcast_buffers=False)
         losses = self.train(ddp)
         return losses, {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
-def no_collectives():
-    """Let whoever communicates fail."""
-    failing = mock.Mock(side_effect=AssertionError("communicates"))
-    names = ("broadcast", "scatter", "all_gather", "all_reduce", "all_gather_object")
-    return mock.patch.multiple(dist, **dict.fromkeys(names, failing))

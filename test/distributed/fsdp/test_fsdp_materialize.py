@@ -2,6 +2,7 @@
 """FullyShardedDataParallel of what is on meta: each module is initialized once, and what has values keeps them."""
 
 import warnings
+from functools import partial
 
 import torch
 from materialize_case import (
@@ -51,7 +52,7 @@ class NoReset(nn.Module):
         self.weight = nn.Parameter(torch.empty(2))
 
 
-class FSDPTests:
+class FSDPLaws:
     def assert_state(self, model, expected):
         with FSDP.summon_full_params(model, writeback=False):
             self.assert_bits(state(model), expected)
@@ -73,6 +74,46 @@ class FSDPTests:
             self.assert_once(calls)
             torch.manual_seed(SEED)
             self.assert_state(model, state(reset_in_order(calls)))
+
+    def test_deferred_init_gives_the_eager_model(self):
+        expected, generator_after = eager()
+        for policy in (None, ModuleWrapPolicy({Level, nn.Linear})):
+            for wrap in self.each(auto_wrap_policy=policy):
+                torch.manual_seed(SEED)
+                model = utils.deferred_init(levels)
+                calls = Resets(model)
+                model = wrap(model) if policy else wrap_each_level(model, wrap)
+                self.assertEqual(torch.get_rng_state(), generator_after)
+                self.assertEqual(calls, [])
+                self.assertFalse(utils.is_deferred(model))
+                self.assert_state(model, state(expected))
+
+    def test_training_equals_ddp(self):
+        for wrap in self.each():
+            torch.manual_seed(SEED)
+            recorded = wrap_each_level(utils.deferred_init(levels), wrap)
+            model = on_meta()
+            calls = Resets(model)
+            torch.manual_seed(SEED)
+            reset = wrap_each_level(model, wrap)
+            torch.manual_seed(SEED)
+            for sharded, unsharded in (
+                (recorded, eager()[0]),
+                (reset, None),
+            ):
+                if unsharded is None:
+                    torch.manual_seed(SEED)
+                    unsharded = reset_in_order(calls)
+                losses, parameters = self.train_ddp(unsharded)
+                self.assertEqual(self.train(sharded), losses)
+                with FSDP.summon_full_params(sharded, writeback=False):
+                    trained = state(sharded)
+                    for name, parameter in parameters.items():
+                        self.assertEqual(trained[name], parameter, msg=name)
+
+
+class TestFSDPMaterialize2(FSDPLaws, MaterializeCase):
+    world_size = 2
 
     def test_auto_wrap_initializes_each_module_once(self):
         for wrap in self.each(auto_wrap_policy=ModuleWrapPolicy({Level, nn.Linear})):
@@ -98,11 +139,11 @@ class FSDPTests:
 
                 model = on_meta()
                 modules = list(model.modules())
-                model = wrap_each_level(model, lambda m: wrap(m, param_init_fn=init))
+                model = wrap_each_level(model, partial(wrap, param_init_fn=init))
                 self.assertEqual(len(turns), len(modules))
                 self.assertEqual(set(turns), set(modules))
                 expected = on_meta().to_empty(device="cpu")
-                for name, module in expected.named_modules():
+                for module in expected.modules():
                     turn = turns.index(modules.pop(0))
                     for tensors in (module._parameters, module._buffers):
                         for tensor in tensors.values():
@@ -169,19 +210,6 @@ class FSDPTests:
                 weights = [p for p in model.parameters() if p.dim() == 2]
                 self.assertLessEqual(len(weights), 1)
 
-    def test_deferred_init_gives_the_eager_model(self):
-        expected, generator_after = eager()
-        for policy in (None, ModuleWrapPolicy({Level, nn.Linear})):
-            for wrap in self.each(auto_wrap_policy=policy):
-                torch.manual_seed(SEED)
-                model = utils.deferred_init(levels)
-                calls = Resets(model)
-                model = wrap(model) if policy else wrap_each_level(model, wrap)
-                self.assertEqual(torch.get_rng_state(), generator_after)
-                self.assertEqual(calls, [])
-                self.assertFalse(utils.is_deferred(model))
-                self.assert_state(model, state(expected))
-
     def test_deferred_init_that_is_loaded_in_part(self):
         torch.manual_seed(SEED)
         model = utils.deferred_init(levels)
@@ -200,29 +228,6 @@ class FSDPTests:
         with FSDP.summon_full_params(model):
             self.assertEqual(model.weight, torch.full((3, 3), 2.0))
 
-    def test_training_equals_ddp(self):
-        for wrap in self.each():
-            torch.manual_seed(SEED)
-            recorded = wrap_each_level(utils.deferred_init(levels), wrap)
-            model = on_meta()
-            calls = Resets(model)
-            torch.manual_seed(SEED)
-            reset = wrap_each_level(model, wrap)
-            torch.manual_seed(SEED)
-            for sharded, unsharded in (
-                (recorded, eager()[0]),
-                (reset, None),
-            ):
-                if unsharded is None:
-                    torch.manual_seed(SEED)
-                    unsharded = reset_in_order(calls)
-                losses, parameters = self.train_ddp(unsharded)
-                self.assertEqual(self.train(sharded), losses)
-                with FSDP.summon_full_params(sharded, writeback=False):
-                    trained = state(sharded)
-                    for name, parameter in parameters.items():
-                        self.assertEqual(trained[name], parameter, msg=name)
-
     def test_no_reset_parameters(self):
         model = on_meta(NoReset)
         with warnings.catch_warnings(record=True) as caught:
@@ -231,14 +236,6 @@ class FSDPTests:
                 fsdp(model)
         self.assertTrue(any("reset_parameters" in str(w.message) for w in caught))
         self.assertTrue(all(p.is_meta for p in model.parameters()))
-
-
-class TestFSDPMaterialize2(FSDPTests, MaterializeCase):
-    world_size = 2
-
-
-class TestFSDPMaterialize4(FSDPTests, MaterializeCase):
-    world_size = 4
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from materialize_case import (
     state,
     wrap_each_level,
 )
+from test_fsdp_materialize import FSDPLaws
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -74,11 +75,11 @@ class Big(nn.Module):
             self.register_parameter(f"w{i}", nn.Parameter(torch.randn(2560, 4096)))
 
 
-class FullyShardTests:
+class FullyShardLaws:
     def assert_materialized(self, model, expected=None):
         """Every rank has its part of the eager model, in the parameters that it had, and the generator is there."""
         expected, generator_after = expected or eager()
-        before = {n: p for n, p in model.named_parameters()}
+        before = dict(model.named_parameters())
         cut = {n: local(p).size() for n, p in before.items()}
         self.assertTrue(utils.is_deferred(model))
         self.assertIs(utils.materialize_module(model), model)
@@ -90,7 +91,7 @@ class FullyShardTests:
             self.assertEqual(parameter.device.type, "cpu")
         self.assert_bits(state(model), state(expected))
 
-    def test_deferred_init_gives_the_eager_shards(self):
+    def test_fully_shard_deferred_init_gives_the_eager_shards(self):
         model = sharded(deferred())
         self.assert_materialized(model)
         # The rank's slice itself, too. Five rows leave ranks with less, or nothing.
@@ -100,6 +101,59 @@ class FullyShardTests:
         gains = eager()[0].gain.chunk(self.world_size)
         expected = gains[self.rank] if self.rank < len(gains) else gains[0][:0]
         self.assertEqual(model.gain.to_local(), expected, rtol=0, atol=0)
+
+    def test_fully_shard_meta_initializes_each_module_once(self):
+        model = on_meta()
+        resets = Resets(model)
+        model = sharded(model)
+        parameters = dict(model.named_parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(SEED)
+        utils.materialize_module(model)
+        after = torch.get_rng_state()
+        self.assert_once(resets)
+        torch.manual_seed(SEED)
+        expected = reset_in_order(resets)
+        # NB: not through DTensor's random ops, which draw and move the generator in another way.
+        self.assertEqual(torch.get_rng_state(), after)
+        self.assert_bits(state(model), state(expected))
+        for held, (name, parameter) in zip(
+            optimizer.param_groups[0]["params"], model.named_parameters(), strict=True
+        ):
+            self.assertIs(parameter, parameters[name])
+            self.assertIs(parameter, held)
+        utils.materialize_module(model)
+        self.assert_once(resets)
+
+    def test_fully_shard_training_equals_ddp(self):
+        expected, _ = eager()
+        recorded = utils.materialize_module(sharded(deferred()))
+        model = on_meta()
+        resets = Resets(model)
+        reset = sharded(model)
+        torch.manual_seed(SEED)
+        utils.materialize_module(reset)
+        torch.manual_seed(SEED)
+        for model, unsharded in (recorded, expected), (reset, reset_in_order(resets)):
+            losses, parameters = self.train_ddp(unsharded)
+            self.assertEqual(self.train(model), losses)
+            trained = state(model)
+            for name, parameter in parameters.items():
+                self.assertEqual(trained[name], parameter, msg=name)
+
+    def test_tensor_parallel(self):
+        mesh = init_device_mesh("cpu", (self.world_size,))
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        for source in (0, None):
+            model = deferred(Mlp)
+            parallelize_module(model, mesh, plan, src_data_rank=source)
+            self.assertEqual(model.up.weight.placements, (Shard(0),))
+            self.assertEqual(model.down.weight.placements, (Shard(1),))
+            self.assert_materialized(model, eager(Mlp))
+
+
+class TestFullyShardMaterialize2(FullyShardLaws, MaterializeCase):
+    world_size = 2
 
     def test_parts_in_any_order(self):
         expected, generator_after = eager()
@@ -123,29 +177,6 @@ class FullyShardTests:
         self.assertIs(loaded, before[0])
         self.assertEqual((loaded.to_local().data_ptr(), loaded._version), before[1:])
         self.assert_bits(state(model), {**state(eager()[0]), "lin.weight": weight})
-
-    def test_meta_initializes_each_module_once(self):
-        model = on_meta()
-        resets = Resets(model)
-        model = sharded(model)
-        parameters = dict(model.named_parameters())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        torch.manual_seed(SEED)
-        utils.materialize_module(model)
-        after = torch.get_rng_state()
-        self.assert_once(resets)
-        torch.manual_seed(SEED)
-        expected = reset_in_order(resets)
-        # NB: not through DTensor's random ops, which draw and move the generator in another way.
-        self.assertEqual(torch.get_rng_state(), after)
-        self.assert_bits(state(model), state(expected))
-        for held, (name, parameter) in zip(
-            optimizer.param_groups[0]["params"], model.named_parameters(), strict=True
-        ):
-            self.assertIs(parameter, parameters[name])
-            self.assertIs(parameter, held)
-        utils.materialize_module(model)
-        self.assert_once(resets)
 
     def test_meta_that_is_loaded_in_part(self):
         model = on_meta()
@@ -172,7 +203,7 @@ class FullyShardTests:
 
         def init(module):
             seen.append(module)
-            for name, p in module.named_parameters(recurse=False):
+            for p in module.parameters(recurse=False):
                 self.assertNotIsInstance(p, DTensor)
                 nn.init.constant_(p, len(seen))
             for b in module.buffers(recurse=False):
@@ -183,22 +214,6 @@ class FullyShardTests:
             for tensor in (*module.parameters(False), *module.buffers(False)):
                 self.assertTrue((local(tensor) == turn).all())
         self.assertEqual(len(seen), 12)
-
-    def test_training_equals_ddp(self):
-        expected, _ = eager()
-        recorded = utils.materialize_module(sharded(deferred()))
-        model = on_meta()
-        resets = Resets(model)
-        reset = sharded(model)
-        torch.manual_seed(SEED)
-        utils.materialize_module(reset)
-        torch.manual_seed(SEED)
-        for model, unsharded in (recorded, expected), (reset, reset_in_order(resets)):
-            losses, parameters = self.train_ddp(unsharded)
-            self.assertEqual(self.train(model), losses)
-            trained = state(model)
-            for name, parameter in parameters.items():
-                self.assertEqual(trained[name], parameter, msg=name)
 
     def test_ties(self):
         model = fully_shard(deferred(Tied))
@@ -215,42 +230,6 @@ class FullyShardTests:
         torch.manual_seed(SEED)
         expected = nn.Embedding(7, 3).weight
         self.assertEqual(model.head.weight.full_tensor(), expected, rtol=0, atol=0)
-
-    def test_tensor_parallel(self):
-        mesh = init_device_mesh("cpu", (self.world_size,))
-        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-        for source in (0, None):
-            model = deferred(Mlp)
-            parallelize_module(model, mesh, plan, src_data_rank=source)
-            self.assertEqual(model.up.weight.placements, (Shard(0),))
-            self.assertEqual(model.down.weight.placements, (Shard(1),))
-            self.assert_materialized(model, eager(Mlp))
-            model(torch.rand(2, 6))
-
-    def test_distribute_tensor(self):
-        mesh = init_device_mesh("cpu", (self.world_size,))
-        for placement in (Shard(0), Shard(1), Shard(-1), Replicate()):
-            for source in (0, None):
-                torch.manual_seed(SEED)
-                whole = torch.rand(7, 5)
-                torch.manual_seed(SEED)
-                deferred = utils.deferred_init(torch.rand, 7, 5)
-                part = distribute_tensor(
-                    deferred, mesh, [placement], src_data_rank=source
-                )
-                expected = distribute_tensor(
-                    whole, mesh, [placement], src_data_rank=source
-                )
-                self.assertTrue(utils.is_deferred(part))
-                self.assertIs(utils.materialize_tensor(part), part)
-                self.assertEqual(part._spec, expected._spec)
-                self.assertEqual(
-                    part.to_local(), expected.to_local(), rtol=0, atol=0
-                )
-                self.assertTrue(deferred.is_meta)
-                self.assertEqual(
-                    utils.materialize_tensor(deferred), whole, rtol=0, atol=0
-                )
 
     def test_from_local(self):
         mesh = init_device_mesh("cpu", (self.world_size,))
@@ -271,7 +250,7 @@ class FullyShardTests:
 
     def test_dtype(self):
         model = utils.materialize_module(sharded(deferred()), dtype=torch.bfloat16)
-        expected = {k: v for k, v in state(eager()[0].bfloat16()).items()}
+        expected = state(eager()[0].bfloat16())
         self.assert_bits(state(model), expected)
         self.assertEqual(model.lin.weight._spec.tensor_meta.dtype, torch.bfloat16)
         model(torch.rand(4, 5).bfloat16()).sum().backward()
@@ -293,7 +272,7 @@ class FullyShardTests:
             str(raised.exception),
             """\
 Expected modules that have parameters or buffers of their own on meta to have a reset_parameters() method, got none of \
-1 (NoReset). (Did you mean to pass init_fn, or to construct with deferred_init?)""",
+1 (NoReset). (Did you mean to pass init_fn, or to use deferred_init?)""",
         )
         self.assertEqual(resets, [])
 
@@ -342,7 +321,7 @@ Expected modules that have parameters or buffers of their own on meta to have a 
             weight.mark = "mine"
             weight.register_hook(lambda grad, calls=calls: calls.append("hook"))
             reference = weakref.ref(weight)
-            before = {n: p for n, p in model.named_parameters()}
+            before = dict(model.named_parameters())
             model.to_empty(device="cpu", skip_materialized=True)
             for name, parameter in model.named_parameters():
                 self.assertIs(parameter, before[name])
@@ -353,9 +332,7 @@ Expected modules that have parameters or buffers of their own on meta to have a 
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.to_local().fill_(1.0)
-            places = [
-                (p.to_local().data_ptr(), p._version) for p in model.parameters()
-            ]
+            places = [(p.to_local().data_ptr(), p._version) for p in model.parameters()]
             model.to_empty(device="cpu", skip_materialized=True)
             self.assertEqual(
                 [(p.to_local().data_ptr(), p._version) for p in model.parameters()],
@@ -363,6 +340,29 @@ Expected modules that have parameters or buffers of their own on meta to have a 
             )
             weight.sum().backward()
             self.assertEqual(calls, ["hook"])
+
+    def test_distribute_tensor(self):
+        mesh = init_device_mesh("cpu", (self.world_size,))
+        for placement in (Shard(0), Shard(1), Shard(-1), Replicate()):
+            for source in (0, None):
+                torch.manual_seed(SEED)
+                whole = torch.rand(7, 5)
+                torch.manual_seed(SEED)
+                deferred = utils.deferred_init(torch.rand, 7, 5)
+                part = distribute_tensor(
+                    deferred, mesh, [placement], src_data_rank=source
+                )
+                expected = distribute_tensor(
+                    whole, mesh, [placement], src_data_rank=source
+                )
+                self.assertTrue(utils.is_deferred(part))
+                self.assertIs(utils.materialize_tensor(part), part)
+                self.assertEqual(part._spec, expected._spec)
+                self.assertEqual(part.to_local(), expected.to_local(), rtol=0, atol=0)
+                self.assertTrue(deferred.is_meta)
+                self.assertEqual(
+                    utils.materialize_tensor(deferred), whole, rtol=0, atol=0
+                )
 
     @unittest.skipIf(not IS_LINUX, "reads /proc")
     def test_memory(self):
@@ -381,11 +381,7 @@ Expected modules that have parameters or buffers of their own on meta to have a 
         self.assertLess(grown, shards + 40 + 16)  # MiB: one whole tensor, and slack
 
 
-class TestFullyShardMaterialize2(FullyShardTests, MaterializeCase):
-    world_size = 2
-
-
-class TestFullyShardMaterialize4(FullyShardTests, MaterializeCase):
+class TestMaterialize4(FSDPLaws, FullyShardLaws, MaterializeCase):
     world_size = 4
 
     def test_hybrid_shard(self):

@@ -65,7 +65,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_of(tensor: Tensor) -> Tensor:
     """The tensor with this rank's part of a DTensor; any other tensor itself."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def follow_local(tensor: Any) -> Tensor:
@@ -74,7 +74,7 @@ def follow_local(tensor: Any) -> Tensor:
     Returns:
         Tensor: what :func:`~torch.utils._swap_meta.swap_all` exchanges it with to undo it.
     """
-    shell = shell_for(tensor, tensor._local_tensor)
+    shell: Tensor = shell_for(tensor, tensor._local_tensor)
     swap_all([tensor], [shell])
     return shell
 

@@ -1,13 +1,14 @@
 """Initialize the modules that have something on meta: each of them once, and nothing that has its values already.
 
-What is on meta gets memory as ``to_empty(skip_materialized=True)`` gives it, and then ``init`` is called with one module
-after the other. A module takes a turn if a parameter or buffer of its own is still without values; what it has already,
-be it from a checkpoint, from a wrapper or from the turn of a module that it is tied to, ``init`` sees as a copy, so that
-it stays the very tensor with the very values. As FSDP asks of it, ``init`` is to look after what the module itself has.
+What is on meta gets memory as ``to_empty(skip_materialized=True)`` gives it, and then ``init`` is called with one
+module after the other. A module takes a turn if a parameter or buffer of its own is still without values; what it has
+already, be it from a checkpoint, from a wrapper or from the turn of a module that it is tied to, ``init`` sees as a
+copy, so that it stays the very tensor with the very values. As FSDP asks of it, ``init`` is to look after what the
+module itself has.
 
 Of a DTensor that ``fully_shard`` or ``distribute_tensor`` cut on meta, ``init`` sees the whole tensor, for the time of
-its turn, and the rank keeps its part. So every rank has to start from the same state of the generator, and computes what
-an unsharded model would have; the random ops of DTensor, which do not, are not used (#196562).
+its turn, and the rank keeps its part. So all ranks have to start from the same state of the generator, and compute
+what an unsharded model would have; the random ops of DTensor, which do not, are not used (#196562).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,13 +39,13 @@ def check_can_reset(modules: Mapping[str, Module]) -> None:
     ]
     if lacking:
         raise RuntimeError(
-            "Expected modules that have parameters or buffers of their own on meta to have a reset_parameters() method, "
-            f"got none of {', '.join(lacking)}. (Did you mean to pass init_fn, or to construct with deferred_init?)"
+            "Expected modules that have parameters or buffers of their own on meta to have a reset_parameters() "
+            f"method, got none of {', '.join(lacking)}. (Did you mean to pass init_fn, or to use deferred_init?)"
         )
 
 
 def initialize(modules: Sequence[Module], device: Device, init: Init) -> None:
-    """Give memory to what ``modules`` themselves have on meta, and initialize it; if this raises, it is on meta again."""
+    """Give memory to what ``modules`` themselves have on meta, and initialize it; or raise, and leave it on meta."""
     turns = Turns(modules)
     turns.show_whole()
     fill = Fill(modules, device)
@@ -90,9 +91,12 @@ class Turns:
             if self.has_come(module):
                 with self._shown(module):
                     init(module)
-            elif containers and next(own(module), None) is None:
-                if not self._coming.isdisjoint(module.modules()):
-                    init(module)
+            elif (
+                containers
+                and next(own(module), None) is None
+                and not self._coming.isdisjoint(module.modules())
+            ):
+                init(module)
             self._done.update((id(t), t) for t in own(module))
 
     @contextmanager
@@ -122,11 +126,12 @@ class Turns:
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         with torch.no_grad():
-            # NB: zeros also for a sharded tensor that has its values: they are on all ranks.
-            if is_sharded(tensor):
-                made = local_of(tensor).new_zeros(tensor.shape)
-            else:
-                made = tensor.detach().clone()
+            # NB: zeros also for a sharded one that has its values: they are on all ranks.
+            made = (
+                local_of(tensor).new_zeros(tensor.shape)
+                if is_sharded(tensor)
+                else tensor.detach().clone()
+            )
         if isinstance(tensor, Parameter):
             return Parameter(made, tensor.requires_grad)
         return made

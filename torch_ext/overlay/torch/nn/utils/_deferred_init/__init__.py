@@ -199,9 +199,9 @@ def materialize_module(
     materialized with it. If this raises, the module is as it was.
 
     Of a parameter that :func:`~torch.distributed.fsdp.fully_shard` or
-    :func:`~torch.distributed.tensor.distribute_tensor` has sharded on meta, each rank gets its part: bit for bit that of
-    the unsharded model, without communication, and with one whole tensor in memory at a time. All ranks have to start
-    from the same seed, and each draws all numbers. Where nothing was recorded (``with torch.device("meta")``),
+    :func:`~torch.distributed.tensor.distribute_tensor` has sharded on meta, each rank gets its part: bit for bit that
+    of the unsharded model, without communication, and with one whole tensor in memory at a time. All ranks have to
+    start from the same seed, and each draws all numbers. Where nothing was recorded (``with torch.device("meta")``),
     ``init_fn`` initializes the modules that have something on meta, one after the other in the order of
     :meth:`~torch.nn.Module.modules`, each once, and sees its parameters whole.
 
@@ -237,6 +237,7 @@ def materialize_module(
         >>> torch.nn.utils.materialize_module(m)  # each rank its shards of Transformer(config)
     """
     from torch.nn.utils._deferred_init import _materialize
+    from torch.utils._sharded_meta import tell_fsdp
 
     target = torch.device(device) if device is not None else None
     if not skip_materialized:
@@ -247,7 +248,7 @@ def materialize_module(
     if any(map(is_deferred, tensors)):
         untouched = all(t.is_meta for t in tensors)
         _materialize.materialize(tensors, (target, dtype), eager=untouched)
-        _materialize.tell_fsdp(module)
+        tell_fsdp(module)
         by_default = False
     else:
         by_default = any(map(_materialize.is_sharded_on_meta, tensors))

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules._init_once import (
     check_can_reset,
-    initialize as initialize_once,
     reset_parameters,
+)
+from torch.nn.modules._init_once import (
+    initialize as initialize_once,
 )
 from torch.nn.modules._to_empty import own
 from torch.nn.modules.module import Module
