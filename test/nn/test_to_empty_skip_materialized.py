@@ -133,6 +133,61 @@ class TestToEmptySkipMaterialized(TestCase):
         module[0].lstm.reset_parameters()
         module[0].lstm(torch.ones(1, 1, 2))
 
+    def test_whatever_torch_future_says(self):
+        class Holds(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lin = nn.Linear(2, 2)
+                self.weight = nn.Parameter(torch.empty(2))
+
+            def _apply(self, fn, recurse=True):
+                return super()._apply(fn, recurse)
+
+        flags = (
+            torch.__future__.set_swap_module_params_on_conversion,
+            torch.__future__.set_overwrite_module_params_on_conversion,
+        )
+        for set_flag in flags:
+            set_flag(True)
+            self.addCleanup(set_flag, False)
+            module = meta(lambda: nn.ModuleList([Holds(), nn.LSTM(2, 2)]))
+            module.append(nn.LSTM(2, 2))
+            module[0].weight.mark = "mine"
+            refs = [weakref.ref(p) for p in module.parameters()]
+            real = places(module[2])
+            module.to_empty(device="cpu", skip_materialized=True)
+            self.assertEqual(places(module[2]), real)
+            self.assertEqual(module[0].weight.mark, "mine")
+            for ref, parameter in zip(refs, module.parameters(), strict=True):
+                self.assertIs(ref(), parameter)
+                self.assertEqual(parameter.device.type, "cpu")
+            set_flag(False)
+
+    def test_others_go_the_default_way(self):
+        module = nn.Module()
+        indices = torch.zeros(1, 1, dtype=torch.long)
+        sparse = torch.sparse_coo_tensor(indices, torch.ones(1), (3,))
+        module.register_buffer("sparse", sparse.to("meta"))
+        module.register_buffer("plain", torch.empty(2, device="meta"))
+        module.to_empty(device="cpu", skip_materialized=True)
+        self.assertEqual(module.sparse.layout, torch.sparse_coo)
+        self.assertEqual(module.sparse.device.type, "cpu")
+        self.assertEqual(module.plain.device.type, "cpu")
+
+    def test_default_is_as_it_was(self):
+        def tied():
+            first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+            second.weight = first.weight
+            return nn.Sequential(first, second, nn.BatchNorm1d(2))
+
+        module = meta(tied)
+        weight = module[0].weight
+        module.to_empty(device="cpu")
+        self.assertIsNot(module[0].weight, weight)
+        self.assertIsNot(module[0].weight, module[1].weight)
+        with self.assertRaises(ValueError):
+            nn.LazyLinear(2, device="meta").to_empty(device="cpu")
+
     def test_gradient_on_meta_is_dropped(self):
         module = meta(lambda: nn.Linear(2, 2))
         module(torch.empty(1, 2, device="meta")).sum().backward()
