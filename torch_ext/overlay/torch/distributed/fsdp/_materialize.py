@@ -15,7 +15,6 @@ import torch
 from torch.nn import Module
 from torch.nn.modules._init_once import initialize, reset_parameters, Turns
 from torch.nn.modules._to_empty import always_skip
-from torch.utils._sharded_meta import tell_fsdp
 
 
 def by_param_init_fn(
@@ -34,6 +33,4 @@ def by_default(modules: Sequence[Module], device: torch.device) -> None:
     _materialize.materialize(
         tensors, (device, None), eager=all(t.is_meta for t in tensors)
     )
-    for module in modules:
-        tell_fsdp(module)
     initialize(modules, device, reset_parameters)

@@ -125,13 +125,14 @@ class Turns:
                 tensors[key] = tensor
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
+        part = self._parts.get(id(tensor))
         with torch.no_grad():
-            # NB: zeros also for a sharded one that has its values: they are on all ranks.
-            made = (
-                local_of(tensor).new_zeros(tensor.shape)
-                if is_sharded(tensor)
-                else tensor.detach().clone()
-            )
+            if part is not None:
+                made = torch.zeros_like(part.whole, device=local_of(tensor).device)
+            elif is_sharded(tensor):  # NB: its values are on all ranks
+                made = local_of(tensor).new_zeros(tensor.shape)
+            else:
+                made = tensor.detach().clone()
         if isinstance(tensor, Parameter):
             return Parameter(made, tensor.requires_grad)
         return made
