@@ -4,7 +4,6 @@
 not, and applying the seam anyway could break it. ``upstream``: torch has the patch by now, and enabling it is a no-op.
 """
 
-import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +46,7 @@ def grade(patch: Patch, upstream: Upstream | None = None) -> Drift:
 def _fits(seam: Seam, upstream: Upstream) -> bool:
     source = upstream.source(seam.file)
     if seam.is_exports:
-        return source.exports is not None
+        return source.exports is not None or not source.has_all
     return source.fingerprint(seam.qualname) in seam.base
 
 
@@ -84,7 +83,6 @@ def _names_in(source: Source, seam: Seam) -> set[str]:
         class_node = source.classes.get(seam.qualname)
         return set(assigned(class_node)) if class_node else set()
     if seam.is_exports:
-        names = source.exports.elts if source.exports else []
-        return {ast.literal_eval(name) for name in names}
+        return source.public
     node = source.functions.get(seam.qualname)
     return set(Signature(source, node).params) if node else set()

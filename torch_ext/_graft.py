@@ -130,7 +130,7 @@ def _plan(
 def _export(module: types.ModuleType, file: str, names: set[str]) -> None:
     """Let ``names`` be the ones that ``module`` exports by a graft; their imports have run."""
     before = _exported.get(file, set())
-    public = module.__all__
+    public = getattr(module, "__all__", [*before])
     for name in before - names:
         delattr(module, name)
         public.remove(name)

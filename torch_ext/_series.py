@@ -199,4 +199,28 @@ DTensor (#196562).""",
         requires=("to_empty_skip_materialized", "deferred_init"),
         rfc="rfcs/RFC-0004-materialize-sharded-modules.md",
     ),
+    Patch(
+        name="dcp_torch_reader",
+        subject="[dcp] Add TorchSaveReader and streaming conversion to one file",
+        summary="`torch.distributed.checkpoint.TorchSaveReader`: `dcp.load` from a `.pt` or safetensors file, each rank "
+        "reading its own pieces; `dcp_to_torch_save(stream=True)`, `dcp_to_safetensors`: one tensor in memory",
+        rationale="""\
+dcp.load reads a file of torch.save on one rank, whole and with
+weights_only=False, and broadcasts each tensor; values that are no tensors, and
+processes without a group, are refused. TorchSaveReader opens the file lazily on
+each rank, so that DCP's own planner knows what is in it, and each rank reads
+the bytes of its pieces straight into its shards. safetensors files, single or
+sharded, are read the same way. In the other direction dcp_to_torch_save builds
+the whole state dict first; with stream=True it writes the same file one
+tensor at a time, and dcp_to_safetensors a safetensors file.""",
+        files=(
+            "torch/distributed/checkpoint/_single_file.py",
+            "torch/distributed/checkpoint/torch_save_reader.py",
+        ),
+        tests=(
+            "test/distributed/checkpoint/test_torch_save_reader.py",
+        ),
+        requires=("load_lazy",),
+        rfc="rfcs/RFC-0006-dcp-torch-save-reader.md",
+    ),
 )

@@ -77,6 +77,20 @@ class Source:
                 return stmt.value if isinstance(stmt.value, ast.List) else None
         return None
 
+    @cached_property
+    def has_all(self) -> bool:
+        """Whether the file says anything of ``__all__``; else what it imports and defines is public."""
+        nodes = ast.walk(self.tree)
+        return any(isinstance(n, ast.Name) and n.id == "__all__" for n in nodes)
+
+    @cached_property
+    def public(self) -> set[str]:
+        """Names that the file makes public: those of ``__all__``, or those that it imports from elsewhere."""
+        if self.has_all:
+            return {ast.literal_eval(n) for n in self.exports.elts} if self.exports else set()
+        imports = [s for s in self.tree.body if isinstance(s, ast.ImportFrom)]
+        return {alias.asname or alias.name for s in imports for alias in s.names}
+
     def fingerprint(self, qualname: str) -> str | None:
         """Hash of a function or class without its docstring, the same under every Python release; ``None`` if it is
         missing.

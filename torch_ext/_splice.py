@@ -108,7 +108,9 @@ def _class_edits(source: Source, seams: Sequence[Seam]) -> list[Edit]:
 
 
 def _export_edits(source: Source, seams: Sequence[Seam]) -> list[Edit]:
-    """The edit of ``__all__``: names behind those that it has."""
+    """The edit of ``__all__``, if there is one: names behind those that it has."""
+    if not source.has_all:
+        return []
     where = seams[0]
     node = source.exports
     if node is None or not node.elts:

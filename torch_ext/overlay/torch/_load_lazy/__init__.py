@@ -15,6 +15,7 @@ Below: one file for each format (``_zip``, ``_legacy``, ``_tar``, ``_safetensors
 import os
 import stat
 import sys
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
@@ -25,7 +26,7 @@ from torch._load_lazy._inert import Reader, Unsupported
 from torch._load_lazy._map import Mapping
 from torch._load_lazy._open import OpenFile
 from torch._load_lazy._places import NotRestored, Places
-from torch._load_lazy._request import is_ordinary, Request, request
+from torch._load_lazy._request import is_ordinary, NotLazy, Request, request
 from torch._load_lazy._source import FileSource, object_source
 from torch._load_lazy._zip import Archive
 from torch.serialization import (
@@ -73,6 +74,24 @@ def load(
             return _load_file(OpenFile(made, f, object_source(f), None))
     except NotRestored as carrier:
         raise carrier.error from None
+
+
+def load_deferred(path: str, *, weights_only: bool | None = None) -> Any:
+    """Loads a file to the CPU as :func:`load` does, for who reads parts of it once.
+
+    Its tensors are deferred, so that the parts are read straight to where they go; of a file
+    of which only torch's own unpickler makes sense, they are mapped.
+
+    Args:
+        path: as ``f`` of :func:`load`
+        weights_only: as for torch.load
+    """
+    made = request(path, "cpu", None, weights_only, False, {})
+    try:
+        with paused_gc():
+            return _load_path(path, replace(made, lazy_only=True))
+    except NotLazy:
+        return load(path, "cpu", weights_only=made.weights_only)
 
 
 def _load_path(path: str, made: Request) -> Any:

@@ -40,7 +40,7 @@ from torch.nn.modules.module import (
 )
 
 
-__all__ = ["DeferredStorage", "DeferredTensor", "read"]
+__all__ = ["DeferredStorage", "DeferredTensor", "place_of", "read"]
 
 
 class DeferredStorage(Storage):
@@ -71,6 +71,16 @@ class DeferredStorage(Storage):
 
 
 handlers.update(_deferred_functions.table())
+
+
+def place_of(tensor: torch.Tensor) -> tuple[str, int] | None:
+    """Returns the file, and the offset in it, of the first element of a deferred tensor."""
+    deferral = deferral_of(tensor)
+    if deferral is None or not isinstance(deferral.storage.contents, FileBytes):
+        return None
+    bytes_of = deferral.storage.contents
+    first = int(tensor.storage_offset()) * tensor.itemsize
+    return bytes_of.source.name, bytes_of.start + first
 
 
 # Modules

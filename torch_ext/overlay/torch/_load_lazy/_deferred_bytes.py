@@ -59,22 +59,26 @@ class FileBytes:
         source: the file
         extent: where the bytes lie in it
         swap: size of the elements whose bytes are in the other order; 1 for none
+
+    Attributes:
+        source: the file
+        start: where the bytes begin in it
     """
 
     def __init__(self, source: Source, extent: Extent, swap: int) -> None:
-        self._source = source
-        self._start, self.nbytes = extent
+        self.source = source
+        self.start, self.nbytes = extent
         self.unit = swap
 
     @property
     def name(self) -> str:
         """See ``Bytes``."""
-        return f"{self._source.name} at offset {self._start}"
+        return f"{self.source.name} at offset {self.start}"
 
     def read(self, start: int, out: torch.Tensor) -> None:
         """See ``Bytes``."""
         if out.device.type == "cpu":
-            self._source.read_into(self._start + start, memory_of(out))
+            self.source.read_into(self.start + start, memory_of(out))
             if self.unit > 1:
                 for part in out.split(_AT_ONCE // self.unit * self.unit):
                     part.copy_(part.view(-1, self.unit).flip(1).view(-1))

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import _utils
 from torch._load_lazy._map import Mapping
-from torch._load_lazy._request import Request
+from torch._load_lazy._request import NotLazy, Request
 from torch._load_lazy._screen import Refused, screen
 from torch._load_lazy._source import ObjectSource, read, Source
 from torch.serialization import _serialization_tls
@@ -90,6 +90,8 @@ class OpenFile:
 
     def eager(self) -> Any:
         """Returns what torch.load makes of the file, all of it read."""
+        if self.request.lazy_only:
+            raise NotLazy
         if self.request.weights_only and self.read(0, min(1, self.size)) == b"\x80":
             self._screen()
         if not self.request.is_path:

@@ -25,9 +25,16 @@ from torch.serialization import (
 _MAP_PRIVATE = 2  # as in torch.utils.serialization.config, on any system
 
 
+class NotLazy(Exception):
+    """Says that a file has to be read whole, to who would rather do something else."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """The arguments of one call, ``weights_only`` decided. See :func:`torch.load`."""
+    """The arguments of one call, ``weights_only`` decided. See :func:`torch.load`.
+
+    ``lazy_only`` asks for :class:`NotLazy` instead of a file that is read whole.
+    """
 
     f: Any
     map_location: Any
@@ -35,6 +42,7 @@ class Request:
     weights_only: bool
     mmap: bool | None
     pickle_load_args: dict[str, Any]
+    lazy_only: bool = False
 
     @property
     def is_path(self) -> bool:
