@@ -1,4 +1,4 @@
-"""The command line, ``python -m torch_ext``: status, run, export, verify, inspect, demo."""
+"""The command line, ``python -m torch_ext``: status, run, export, verify, inspect, convert, demo."""
 
 import argparse
 import os
@@ -89,6 +89,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="as JSON")
     inspect.set_defaults(run=_inspect)
 
+    convert = commands.add_parser(
+        "convert",
+        help="write .pt, safetensors or a DCP checkpoint from another of these, a tensor at a time",
+    )
+    convert.add_argument("src", metavar="SRC")
+    convert.add_argument("dst", metavar="DST")
+    convert.add_argument(
+        "--no-weights-only",
+        dest="weights_only",
+        action="store_false",
+        help="trust the pickle of SRC, as torch.load(weights_only=False); that of a DCP checkpoint is always trusted",
+    )
+    convert.set_defaults(run=_convert)
+
     demo = commands.add_parser("demo", help="load real models, stock against torch_ext")
     _demo.add_arguments(demo)
     demo.set_defaults(run=_demo.run)
@@ -165,6 +179,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from torch_ext._tools import inspect
 
     return inspect.main(args.file, args.json)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from torch_ext._tools import convert
+
+    return convert.main(args.src, args.dst, args.weights_only)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,11 @@ class Source:
     def public(self) -> set[str]:
         """Names that the file makes public: those of ``__all__``, or those that it imports from elsewhere."""
         if self.has_all:
-            return {ast.literal_eval(n) for n in self.exports.elts} if self.exports else set()
+            return (
+                {ast.literal_eval(n) for n in self.exports.elts}
+                if self.exports
+                else set()
+            )
         imports = [s for s in self.tree.body if isinstance(s, ast.ImportFrom)]
         return {alias.asname or alias.name for s in imports for alias in s.names}
 

@@ -127,9 +127,7 @@ class _Checkpoint:
         )
         planner.set_up_planner(values, self.metadata, True)
         plan = self._reader.prepare_local_plan(planner.create_local_plan())
-        (plan,) = self._reader.prepare_global_plan(
-            planner.create_global_plan([plan])
-        )
+        (plan,) = self._reader.prepare_global_plan(planner.create_global_plan([plan]))
         plan = planner.finish_plan(plan)
         found = [item for item in plan.items if item.type == LoadItemType.TENSOR]
         for fqn, value in values.items():

@@ -141,7 +141,11 @@ class TorchSaveReader(StorageReader):
         # Tensors that are tied in the file and in the state dict are read once.
         done: set[Any] = set()
         for item, piece in pieces:
-            target = planner.resolve_tensor(item).detach()
+            target = planner.resolve_tensor(item)
+            if (
+                target.layout is torch.strided
+            ):  # what another one gets, a detached one keeps
+                target = target.detach()
             copy = _place(piece), _layout(piece), _place(target), _layout(target)
             if copy not in done:
                 self._read(item, piece, target)
@@ -165,9 +169,7 @@ class TorchSaveReader(StorageReader):
             tensor.detach(), item.storage_offsets, item.lengths
         )
 
-    def _read(
-        self, item: ReadItem, piece: torch.Tensor, target: torch.Tensor
-    ) -> None:
+    def _read(self, item: ReadItem, piece: torch.Tensor, target: torch.Tensor) -> None:
         if target.size() != piece.size():
             raise RuntimeError(
                 f"Expected the target of {_fqn(item)!r} to have the size "
