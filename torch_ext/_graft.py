@@ -13,6 +13,7 @@ import __future__
 import importlib
 import inspect
 import linecache
+import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 from torch_ext._error import PatchError
 from torch_ext._graft_config import plan_options
+from torch_ext._on_import import on_import
 from torch_ext._seam import Seam
 from torch_ext._splice import splice
 from torch_ext._upstream import installed
@@ -60,27 +62,32 @@ class _Grafted:
 
 
 _grafted: dict[tuple[str, str], _Grafted] = {}  # by (file, qualname): all ever touched
-_current: dict[str, list[Seam]] | None = None  # by file: the seams in force
+_current: dict[str, list[Seam]] = {}  # by file, of those imported: the seams in force
 _exported: dict[str, set[str]] = {}  # by file: public names that are there by a graft
 
 
 def graft(seams: Iterable[Seam], tree: Iterable[Seam]) -> None:
     """Make exactly ``seams`` (in the series' order) the ones in force, or raise and change nothing.
 
-    ``tree`` are those that the imported files carry already.
+    ``tree`` are those that the files carry already. A module that has not been imported gets its seams when it is.
     """
-    global _current
-    loaded = by_file(tree)
-    if _current is None:
-        _current = loaded
-    wanted = by_file(seams)
+    wanted, loaded = by_file(seams), by_file(tree)
+    waiting = dict.fromkeys([*_current, *loaded, *wanted])
+    arguments = {f: (f, wanted.get(f, []), loaded.get(f, [])) for f in waiting}
     changes: list[Callable[[], None]] = []
-    for file in dict.fromkeys([*_current, *wanted]):
-        if _current.get(file) != wanted.get(file):
-            changes += _plan(file, wanted.get(file, []), loaded.get(file, []))
+    # NB: what a seam imports may import modules that others change.
+    while ready := [file for file in waiting if module_name(file) in sys.modules]:
+        for file in ready:
+            del waiting[file]
+            changes += _plan(*arguments[file])
     for change in changes:
         change()
-    _current = wanted
+    on_import({module_name(f): partial(_graft_now, *arguments[f]) for f in waiting})
+
+
+def _graft_now(file: str, seams: Sequence[Seam], loaded: Sequence[Seam]) -> None:
+    for change in _plan(file, seams, loaded):
+        change()
 
 
 def by_file(seams: Iterable[Seam]) -> dict[str, list[Seam]]:
@@ -95,6 +102,9 @@ def _plan(
     file: str, seams: Sequence[Seam], loaded: Sequence[Seam]
 ) -> list[Callable[[], None]]:
     """What brings all of ``file`` that is or will be touched, functions, classes and names, to its new state."""
+    before = _current.get(file, loaded)
+    if before == seams:
+        return []
     module = importlib.import_module(module_name(file))
     text = splice(installed().source(file), seams)
     name = f"{module.__file__}{SUFFIX}"
@@ -103,8 +113,7 @@ def _plan(
     for line in dict.fromkeys(line for seam in seams for line in seam.imports):
         exec(line, module.__dict__)
 
-    changes: list[Callable[[], None]] = []
-    before = (_current or {}).get(file, [])
+    changes: list[Callable[[], None]] = [partial(_current.__setitem__, file, seams)]
     options = [seam for seam in seams if seam.is_class]
     if options != [seam for seam in before if seam.is_class]:
         changes.append(plan_options(module, code, options))

@@ -1,5 +1,6 @@
 """Tree: a copy of torch in which only the patched files are real runs what graft runs, in children too."""
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -91,6 +92,7 @@ torch.nn.utils._convert""",
                 tree = compile(path.read_text(), str(path), "exec", dont_inherit=True)
                 if seam.is_exports:
                     continue
+                importlib.import_module(_graft.module_name(seam.file))
                 grafted = _graft._grafted[seam.file, seam.qualname].function.__code__
                 self.assertEqual(grafted, _graft.find_code(tree, seam.qualname))
                 self.assertNotEqual(grafted, find_stock_code(seam))
