@@ -44,14 +44,11 @@ def convert(src: str, dst: str, weights_only: bool) -> None:
     is_dcp = os.path.exists(os.path.join(src, ".metadata"))
     if not os.path.exists(src):
         raise FileNotFoundError("no such file or folder")
-    if (
-        os.path.isdir(dst)
-        and os.listdir(dst)
-        or os.path.exists(dst)
-        and os.path.samefile(src, dst)
-    ):
+    if os.path.exists(dst) and os.path.samefile(src, dst):
+        raise ValueError("Expected DST to be another file than SRC, got the same.")
+    if os.path.isdir(dst) and os.listdir(dst):
         raise FileExistsError(
-            f"Expected {dst} to be a file or an empty folder, got another one."
+            f"Expected {dst} to be empty, or no folder, got files in it."
         )
     if dst.endswith(".safetensors"):
         reader = (
