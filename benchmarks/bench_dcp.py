@@ -8,8 +8,10 @@ agree bit for bit.
 
     python benchmarks/bench_dcp.py [--quick] [--rounds N] [--only load] [--json FILE]
 
-(a) ``load``: a state dict of 2 GiB into DTensors sharded by rows among 4 gloo processes; (b) ``convert``: the DCP
-checkpoint that 4 processes wrote of it, to one file. What this does not measure: cold files, other devices, networks.
+(a) ``load``: a state dict of 2 GiB into DTensors sharded by rows among 4 gloo processes. ``BroadcastingTorchSaveReader``
+waits forever for those (it lets the ranks expect shards of what rank 0 sends whole), so it loads full tensors, of which
+each rank keeps its rows. ``hf`` is torch's ``HuggingFaceStorageReader``. (b) ``convert``: the DCP checkpoint that 4
+processes wrote of it, to one file. What this does not measure: cold files, other devices, networks.
 """
 
 import argparse
@@ -36,7 +38,7 @@ import torch
 MIB = 1 << 20
 RANKS = 4
 VARIANTS = {
-    "load": ("broadcast", "ours", "ours, safetensors"),
+    "load": ("broadcast", "hf, safetensors", "ours", "ours, safetensors"),
     "convert": ("dcp_to_torch_save", "stream", "safetensors"),
 }
 
@@ -83,7 +85,7 @@ def load(folder: Path, variant: str, rank: int) -> Callable[[], Callable[[], str
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
     file = torch.load(folder / "model.pt", map_location="meta")
-    targets = {
+    targets: dict[str, Any] = {
         key: zeros(t.size(), device_mesh=mesh, placements=[Shard(0)])
         for key, t in file.items()
     }
@@ -92,10 +94,17 @@ def load(folder: Path, variant: str, rank: int) -> Callable[[], Callable[[], str
     def run() -> Callable[[], str]:
         dist.barrier()
         if variant == "broadcast":
+            full = {key: torch.empty(t.size()) for key, t in targets.items()}
             reader: Any = BroadcastingTorchSaveReader(path)
-            dcp.load(targets, storage_reader=reader, planner=DynamicMetaLoadPlanner())
+            dcp.load(full, storage_reader=reader, planner=DynamicMetaLoadPlanner())
+            for key, t in full.items():
+                targets[key].to_local().copy_(t.chunk(RANKS)[rank])
+        elif variant == "hf, safetensors":
+            reader = dcp.HuggingFaceStorageReader(str(path.parent))
+            dcp.load(targets, storage_reader=reader)
         else:
-            dcp.load(targets, storage_reader=dcp.TorchSaveReader(path))  # type: ignore[attr-defined]
+            reader = dcp.TorchSaveReader(path)  # type: ignore[attr-defined]
+            dcp.load(targets, storage_reader=reader)
         return lambda: _digest(t.to_local() for t in targets.values())
 
     return run

@@ -62,7 +62,9 @@ class _Grafted:
 
 
 _grafted: dict[tuple[str, str], _Grafted] = {}  # by (file, qualname): all ever touched
-_current: dict[str, list[Seam]] = {}  # by file, of those imported: the seams in force
+_current: dict[
+    str, Sequence[Seam]
+] = {}  # by file, of those imported: the seams in force
 _exported: dict[str, set[str]] = {}  # by file: public names that are there by a graft
 
 

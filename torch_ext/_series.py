@@ -202,7 +202,7 @@ DTensor (#196562).""",
     Patch(
         name="dcp_torch_reader",
         subject="[dcp] Add TorchSaveReader and streaming conversion to one file",
-        summary="`torch.distributed.checkpoint.TorchSaveReader`: `dcp.load` from a `.pt` or safetensors file, each rank "
+        summary="`torch.distributed.checkpoint.TorchSaveReader`: `dcp.load` from `.pt`, safetensors files, each rank "
         "reading its own pieces; `dcp_to_torch_save(stream=True)`, `dcp_to_safetensors`: one tensor in memory",
         rationale="""\
 dcp.load reads a file of torch.save on one rank, whole and with

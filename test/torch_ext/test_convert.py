@@ -77,7 +77,7 @@ model.pt: Expected full to be empty, or no folder, got files in it.
 model.pt: Expected DST to be another file than SRC, got the same.
 dcp: Expected DST to be a file, since SRC is a DCP checkpoint, got other.
 none.pt: no such file or folder
-""",
+""",  # noqa: E501
         )
 
     def test_weights_only(self):

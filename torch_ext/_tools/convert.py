@@ -34,11 +34,12 @@ def main(src: str, dst: str, weights_only: bool) -> int:
 
 def convert(src: str, dst: str, weights_only: bool) -> None:
     """Convert ``src`` to ``dst``, while the patches are on."""
-    from torch.distributed.checkpoint import FileSystemReader, save, TorchSaveReader
-    from torch.distributed.checkpoint._single_file import (  # type: ignore[import-not-found]
-        replacing,
-        save as save_file,
-        save_safetensors,
+    # NB: here, since the new ones are there while the patches are on.
+    from torch.distributed.checkpoint import _single_file as single_file  # type: ignore[attr-defined]
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.checkpoint.torch_save_reader import (  # type: ignore[import-not-found]
+        TorchSaveReader,
     )
 
     is_dcp = os.path.exists(os.path.join(src, ".metadata"))
@@ -56,19 +57,19 @@ def convert(src: str, dst: str, weights_only: bool) -> None:
             if is_dcp
             else TorchSaveReader(src, weights_only=weights_only)
         )
-        save_safetensors(reader, dst)
+        single_file.save_safetensors(reader, dst)
     elif is_dcp and not _is_file(dst):
         raise ValueError(
             f"Expected DST to be a file, since SRC is a DCP checkpoint, got {dst}."
         )
     elif is_dcp:
-        save_file(FileSystemReader(src), dst)
+        single_file.save(FileSystemReader(src), dst)
     else:
         loaded = torch.load(
             src, map_location="cpu", weights_only=weights_only, lazy=True
-        )  # type: ignore[call-arg]
+        )
         if _is_file(dst):
-            with replacing(dst) as new:
+            with single_file.replacing(dst) as new:
                 torch.save(loaded, new)
         else:
             with warnings.catch_warnings():

@@ -46,7 +46,7 @@ def seam(patch: str, *, base: tuple[str, ...]) -> Callable[[F], F]:
 
 
 def exports(patch: str, *names: str) -> None:
-    """Let the upstream module have ``names``, which the seam file imports, in its namespace and, if it has that, ``__all__``.
+    """Let the upstream module have ``names``, which the seam file imports, in its namespace and in an ``__all__``.
 
     Args:
         patch: name of the patch in the series.

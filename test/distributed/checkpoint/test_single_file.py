@@ -9,7 +9,8 @@ from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, reject, settings, strategies as st
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from torch.distributed.checkpoint import format_utils
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.testing._internal.common_utils import run_tests, TestCase
@@ -146,7 +147,7 @@ class TestDcpToTorchSave(Case):
             format_utils.dcp_to_torch_save(self.dcp, self.at("f.pt"), stream=True)
         self.assertExpectedInline(
             str(caught.exception).replace(self.folder, "DIR"),
-            """Could not read 'a' of DIR/dcp: Expected the chunks of 'a' to have its 32 elements, got 24. (Is the checkpoint complete?)""",  # noqa: B950
+            """Could not read 'a' of DIR/dcp: Expected the chunks of 'a' to have its 32 elements, got 24. (Is the checkpoint complete?)""",  # noqa: E501
         )
 
 
@@ -180,7 +181,7 @@ class TestDcpToSafetensors(Case):
             format_utils.dcp_to_safetensors(self.dcp, self.at("f.safetensors"))
         self.assertExpectedInline(
             str(caught.exception),
-            """Expected all values to be tensors, which are what safetensors files hold, got objects for 'b.n', 'b.m'. (Did you mean to write a .pt file?)""",  # noqa: B950
+            """Expected all values to be tensors, which are what safetensors files hold, got objects for 'b.n', 'b.m'. (Did you mean to write a .pt file?)""",  # noqa: E501
         )
         self.assertEqual(os.listdir(self.folder), ["dcp"])
 
@@ -190,7 +191,7 @@ class TestDcpToSafetensors(Case):
             format_utils.dcp_to_safetensors(self.dcp, self.at("f.safetensors"))
         self.assertExpectedInline(
             str(caught.exception),
-            """Expected 'a' to be of a dtype of safetensors, got torch.complex128. (Did you mean to write a .pt file?)""",  # noqa: B950
+            """Expected 'a' to be of a dtype of safetensors, got torch.complex128. (Did you mean to write a .pt file?)""",  # noqa: E501
         )
 
     def test_damaged_checkpoint(self):

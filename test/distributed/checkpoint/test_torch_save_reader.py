@@ -10,7 +10,8 @@ from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from torch.testing._internal.common_utils import (
@@ -183,7 +184,7 @@ class TestTorchSaveReader(Case):
             self.failure(state_dict, dcp.TorchSaveReader(self.folder)).partition(": ")[
                 2
             ],
-            """Expected each tensor of DIR to be in one file, got 'a' in DIR/3.safetensors, too. (Did you mean HuggingFaceStorageReader, for what a process group has saved?)""",  # noqa: B950
+            """Expected each tensor of DIR to be in one file, got 'a' in DIR/3.safetensors, too. (Did you mean HuggingFaceStorageReader, for what a process group has saved?)""",  # noqa: E501
         )
 
     def test_weights_only(self):
@@ -218,14 +219,14 @@ class TestTorchSaveReader(Case):
     def test_not_a_state_dict(self):
         self.assertExpectedInline(
             self.failure({"a": torch.ones(4)}, self.saved([1])).partition(": ")[2],
-            """Expected DIR/file.pt to hold a state dict, got a list. (Did you mean to save the module's state_dict()?)""",  # noqa: B950
+            """Expected DIR/file.pt to hold a state dict, got a list. (Did you mean to save the module's state_dict()?)""",  # noqa: E501
         )
 
     def test_names_that_are_one(self):
         reader = self.saved({"a.b": torch.ones(3), "a": {"b": torch.ones(3)}})
         self.assertExpectedInline(
             self.failure({"a.b": torch.ones(3)}, reader).partition(": ")[2],
-            """Expected the names in DIR/file.pt to differ once they are flattened, got duplicated flatten key a.b.""",  # noqa: B950
+            """Expected the names in DIR/file.pt to differ once they are flattened, got duplicated flatten key a.b.""",
         )
 
     def test_tensor_that_cannot_be_copied(self):

@@ -118,10 +118,8 @@ class TorchSaveReaderTests:
             {"model": saved_model, "optim": saved_optim, "epoch": 7, "lr": [0.1]}
         )
         other, other_optimizer = trained(sharded=True, seed=1)
-        state_dict = dict(
-            zip(("model", "optim"), get_state_dict(other, other_optimizer))
-        )
-        state_dict |= {"epoch": 0, "lr": []}
+        model_state, optim_state = get_state_dict(other, other_optimizer)
+        state_dict = {"model": model_state, "optim": optim_state, "epoch": 0, "lr": []}
         dcp.load(state_dict, storage_reader=dcp.TorchSaveReader(path))
         self.assertEqual((state_dict["epoch"], state_dict["lr"]), (7, [0.1]))
         set_state_dict(

@@ -24,10 +24,7 @@ from torch._load_lazy._safetensors import _DTYPES
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    STATE_DICT_TYPE,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.distributed.checkpoint.storage import StorageReader
 
@@ -62,7 +59,7 @@ def save(reader: StorageReader, path: str | os.PathLike[str]) -> None:
     """Writes what ``reader`` reads to ``path``, as torch.save does it."""
     checkpoint = _Checkpoint(reader)
     values = checkpoint.objects()
-    state_dict: STATE_DICT_TYPE = {}
+    state_dict: dict[str, Any] = {}
     mappings = checkpoint.metadata.planner_data or {}
     for fqn in checkpoint.metadata.state_dict_metadata:
         value = values[fqn] if fqn in values else _Unread(checkpoint, fqn)

@@ -164,10 +164,12 @@ class TorchSaveReader(StorageReader):
                 "StateDictOptions(full_state_dict=True)) returns?)"
             )
         if tensor.size() == item.lengths:  # which some layouts can't be narrowed to
-            return tensor.detach()
-        return narrow_tensor_by_index(
+            whole: torch.Tensor = tensor.detach()
+            return whole
+        piece: torch.Tensor = narrow_tensor_by_index(
             tensor.detach(), item.storage_offsets, item.lengths
         )
+        return piece
 
     def _read(self, item: ReadItem, piece: torch.Tensor, target: torch.Tensor) -> None:
         if target.size() != piece.size():
