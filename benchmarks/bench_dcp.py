@@ -8,7 +8,7 @@ agree bit for bit.
 
     python benchmarks/bench_dcp.py [--quick] [--rounds N] [--only load] [--json FILE]
 
-(a) ``load``: a state dict of 2 GiB into DTensors sharded by rows among 4 gloo processes. ``BroadcastingTorchSaveReader``
+(a) ``load``: a state dict of 2 GiB into DTensors sharded by rows among 4 gloo processes. BroadcastingTorchSaveReader
 waits forever for those (it lets the ranks expect shards of what rank 0 sends whole), so it loads full tensors, of which
 each rank keeps its rows. ``hf`` is torch's ``HuggingFaceStorageReader``. (b) ``convert``: the DCP checkpoint that 4
 processes wrote of it, to one file. What this does not measure: cold files, other devices, networks.
