@@ -268,6 +268,8 @@ def main() -> None:
             for what, variants in results.items():
                 for variant, runs in variants.items():
                     runs.append(measure(what, variant, folder))
+                    found = {key: runs[-1][key] for key in ("seconds", "read", "peak")}
+                    print(what, variant, found, file=sys.stderr)
         for what, variants in results.items():
             digests = {
                 json.dumps(r["digest"]) for runs in variants.values() for r in runs

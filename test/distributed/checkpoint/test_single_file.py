@@ -1,8 +1,10 @@
 # Owner(s): ["oncall: distributed checkpointing"]
 """DCP checkpoints to one file: the file of stock conversion, one tensor in memory at a time."""
 
+import importlib.util
 import os
 import tempfile
+import unittest
 import warnings
 import weakref
 from unittest import mock
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.testing._internal.common_utils import run_tests, TestCase
 
 
+HAS_SAFETENSORS = importlib.util.find_spec("safetensors") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
 MORE = (torch.uint16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -69,7 +72,7 @@ state_dicts = st.dictionaries(st.sampled_from("abcde"), values, max_size=4)
 
 
 class TestDcpToTorchSave(Case):
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(state_dicts)
     def test_is_the_file_of_the_stock_conversion(self, state_dict):
         self.save(state_dict)
@@ -152,7 +155,8 @@ class TestDcpToTorchSave(Case):
 
 
 class TestDcpToSafetensors(Case):
-    @settings(max_examples=50, deadline=None)
+    @unittest.skipUnless(HAS_SAFETENSORS, "no safetensors")
+    @settings(max_examples=25, deadline=None)
     @given(st.dictionaries(st.sampled_from("abcde"), tensors, min_size=1))
     def test_opens_as_what_was_saved(self, state_dict):
         from safetensors.torch import load_file
@@ -164,6 +168,7 @@ class TestDcpToSafetensors(Case):
         for loaded in (load_file(path), torch.load(path, lazy=True)):
             self.assertEqual(loaded, expected, rtol=0, atol=0)
 
+    @unittest.skipUnless(HAS_SAFETENSORS, "no safetensors")
     def test_is_the_file_of_safetensors(self):
         from safetensors.torch import save_file
 

@@ -3,8 +3,10 @@
 
 import argparse
 import copy
+import importlib.util
 import os
 import tempfile
+import unittest
 import warnings
 from unittest import mock
 
@@ -20,6 +22,11 @@ from torch.testing._internal.common_utils import (
     run_tests,
     TestCase,
 )
+
+
+# torch 2.11 does not tell why a file cannot be read.
+HAS_SAFETENSORS = importlib.util.find_spec("safetensors") is not None
+TELLS = torch.__version__ >= "2.12"
 
 
 class Case(TestCase):
@@ -64,7 +71,7 @@ state_dicts = st.dictionaries(st.sampled_from("abcde"), values, min_size=1, max_
 
 
 class TestTorchSaveReader(Case):
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(state_dicts, st.booleans())
     def test_loads_as_dcp_loads_what_it_saved(self, state_dict, legacy):
         reader = self.saved(state_dict, _use_new_zipfile_serialization=not legacy)
@@ -148,6 +155,20 @@ class TestTorchSaveReader(Case):
         self.assertEqual(counted.call_count, 2)
         self.assertEqual(targets, {"a": x, "b": x, "c": x})
 
+    def test_planner_that_makes_and_changes_its_tensors(self):
+        class Planner(DefaultLoadPlanner):
+            def resolve_tensor(self, item):
+                return torch.empty_like(super().resolve_tensor(item))
+
+            def commit_tensor(self, item, tensor):
+                super().resolve_tensor(item).copy_(tensor.mul_(2))
+
+        x = torch.randn(1000)
+        reader = self.saved({"a": x, "b": x, "c": x})
+        targets = {key: torch.zeros(1000) for key in "abc"}
+        dcp.load(targets, storage_reader=reader, planner=Planner())
+        self.assertEqual(targets, dict.fromkeys("abc", 2 * x))
+
     def test_reader_is_used_again(self):
         reader = self.saved({"a": torch.ones(3)})
         for path, value in ((self.path, 1), (self.path + "2", 2), (self.path, 3)):
@@ -171,6 +192,8 @@ class TestTorchSaveReader(Case):
 
     # Formats
 
+    @unittest.skipUnless(TELLS, "the cause is lost")
+    @unittest.skipUnless(HAS_SAFETENSORS, "no safetensors")
     def test_safetensors_without_index(self):
         from safetensors.torch import save_file
 
@@ -187,6 +210,7 @@ class TestTorchSaveReader(Case):
             """Expected each tensor of DIR to be in one file, got 'a' in DIR/3.safetensors, too. (Did you mean HuggingFaceStorageReader, for what a process group has saved?)""",  # noqa: E501
         )
 
+    @unittest.skipUnless(TELLS, "the cause is lost")
     def test_weights_only(self):
         state_dict = {"args": argparse.Namespace(lr=1), "w": torch.randn(5)}
         self.saved(state_dict)
@@ -216,12 +240,14 @@ class TestTorchSaveReader(Case):
             """Size mismatch between saved torch.Size([3]) and current: torch.Size([4]) for a""",
         )
 
+    @unittest.skipUnless(TELLS, "the cause is lost")
     def test_not_a_state_dict(self):
         self.assertExpectedInline(
             self.failure({"a": torch.ones(4)}, self.saved([1])).partition(": ")[2],
             """Expected DIR/file.pt to hold a state dict, got a list. (Did you mean to save the module's state_dict()?)""",  # noqa: E501
         )
 
+    @unittest.skipUnless(TELLS, "the cause is lost")
     def test_names_that_are_one(self):
         reader = self.saved({"a.b": torch.ones(3), "a": {"b": torch.ones(3)}})
         self.assertExpectedInline(
@@ -236,6 +262,7 @@ class TestTorchSaveReader(Case):
         text = self.failure({"a": torch.ones(3, dtype=torch.int64)}, reader)
         self.assertTrue(text.startswith("Could not load 'a' of DIR/file.pt: "), text)
 
+    @unittest.skipUnless(TELLS, "the cause is lost")
     def test_file_cut_off_behind_its_index(self):
         reader = self.saved({"a": torch.randn(3)}, _use_new_zipfile_serialization=False)
         size = os.path.getsize(self.path)

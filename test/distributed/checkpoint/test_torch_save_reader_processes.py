@@ -1,9 +1,11 @@
 # Owner(s): ["oncall: distributed checkpointing"]
 """``TorchSaveReader`` among gloo processes: values, bytes, optimizers, errors."""
 
+import importlib.util
 import os
 import random
 import tempfile
+import unittest
 from unittest import mock
 
 import torch
@@ -27,6 +29,9 @@ from torch.testing._internal.common_distributed import MultiProcContinuousTest
 from torch.testing._internal.common_utils import run_tests
 
 
+# torch 2.11 does not tell why a file cannot be read.
+TELLS = torch.__version__ >= "2.12"
+HAS_SAFETENSORS = importlib.util.find_spec("safetensors") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
 
 
@@ -139,6 +144,7 @@ class TorchSaveReaderTests:
         ):
             self.assertEqual(b.full_tensor(), a, msg=name)
 
+    @unittest.skipUnless(HAS_SAFETENSORS, "no safetensors")
     def test_sharded_safetensors_folder(self):
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -175,6 +181,7 @@ class TorchSaveReaderTests:
         mesh = init_device_mesh("cpu", (self.world_size,))
         return {"weight": empty(64, 32, device_mesh=mesh, placements=[Shard(0)])}
 
+    @unittest.skipUnless(TELLS, "the cause is lost")
     def test_file_cut_off_on_one_rank(self):
         path = self.saved({"weight": torch.randn(64, 32)})
         if self.rank == 1:
@@ -185,6 +192,7 @@ class TorchSaveReaderTests:
             dcp.TorchSaveReader(path), self.targets(), "(RANK 1)", ".copy"
         )
 
+    @unittest.skipUnless(TELLS, "the cause is lost")
     def test_file_missing_on_one_rank(self):
         path = self.saved({"weight": torch.randn(64, 32)})
         path += ".missing" * (self.rank == 1)

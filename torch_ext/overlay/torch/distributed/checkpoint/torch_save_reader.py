@@ -23,6 +23,7 @@ from torch._load_lazy import load_deferred
 from torch._load_lazy._deferred import place_of
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -138,18 +139,18 @@ class TorchSaveReader(StorageReader):
             else:
                 pieces.append((item, self._piece(item)))
         pieces.sort(key=lambda piece: _place(piece[1]))
-        # Tensors that are tied in the file and in the state dict are read once.
-        done: set[Any] = set()
+        # What is tied in the file and in the state dict is read once, unless a planner does
+        # more to it afterwards. NB: the last target stays alive, so that its place is its own.
+        plain = type(planner).commit_tensor is DefaultLoadPlanner.commit_tensor
+        last: tuple[Any, ...] = ()
         for item, piece in pieces:
             target = planner.resolve_tensor(item)
-            if (
-                target.layout is torch.strided
-            ):  # what another one gets, a detached one keeps
+            if target.layout is torch.strided:  # else it would not get what is copied
                 target = target.detach()
             copy = _place(piece), _layout(piece), _place(target), _layout(target)
-            if copy not in done:
+            if not (plain and copy == last[:4]):
                 self._read(item, piece, target)
-                done.add(copy)
+            last = *copy, target
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
@@ -184,7 +185,7 @@ class TorchSaveReader(StorageReader):
                     # leaves what it reads in the storage; a clone does not.
                     straight = block.is_contiguous() and block.dtype == part.dtype
                     block.copy_(part if straight else part.clone())
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             raise RuntimeError(
                 f"Could not load {_fqn(item)!r} of {self.path}: {error}"
             ) from error
