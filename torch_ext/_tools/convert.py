@@ -36,7 +36,6 @@ def convert(src: str, dst: str, weights_only: bool) -> None:
     """Convert ``src`` to ``dst``, while the patches are on."""
     # NB: here, since the new ones are there while the patches are on.
     from torch.distributed.checkpoint import _single_file as single_file  # type: ignore[attr-defined]
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.checkpoint.torch_save_reader import (  # type: ignore[import-not-found]
         TorchSaveReader,
@@ -53,7 +52,7 @@ def convert(src: str, dst: str, weights_only: bool) -> None:
         )
     if dst.endswith(".safetensors"):
         reader = (
-            FileSystemReader(src)
+            single_file.ChunkReader(src)
             if is_dcp
             else TorchSaveReader(src, weights_only=weights_only)
         )
@@ -63,7 +62,7 @@ def convert(src: str, dst: str, weights_only: bool) -> None:
             f"Expected DST to be a file, since SRC is a DCP checkpoint, got {dst}."
         )
     elif is_dcp:
-        single_file.save(FileSystemReader(src), dst)
+        single_file.save(single_file.ChunkReader(src), dst)
     else:
         loaded = torch.load(
             src, map_location="cpu", weights_only=weights_only, lazy=True

@@ -14,23 +14,28 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
-from torch._load_lazy import _live
+from torch._load_lazy import _live, _memory
 from torch._load_lazy._deferred_bytes import memory_of
 from torch._load_lazy._safetensors import _DTYPES
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.checkpoint.torch_save_reader import copy_piece
+from torch.futures import Future
 
 
 __all__ = ["dcp_to_safetensors", "save", "save_safetensors"]
 
+_OWN_PAGES = 1 << 20
 _SHORT = 500  # characters of a list of names
 
 
@@ -52,7 +57,35 @@ def dcp_to_safetensors(
             format lacks.
         RuntimeError: If the checkpoint is damaged; the text names the key.
     """
-    save_safetensors(FileSystemReader(dcp_checkpoint_dir), safetensors_path)
+    save_safetensors(ChunkReader(dcp_checkpoint_dir), safetensors_path)
+
+
+class ChunkReader(FileSystemReader):
+    """A ``FileSystemReader`` that reads chunks straight to where they go."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """See :meth:`StorageReader.read_data`."""
+        others = []
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            if item.type != LoadItemType.TENSOR or info.transform_descriptors:
+                others.append(item)
+                continue
+            path = self.fs.concat_path(self.path, info.relative_path)
+            with self.fs.create_stream(path, "rb") as stream:
+                chunk = torch.load(
+                    self._slice_file(stream, info),
+                    map_location="cpu",
+                    weights_only=True,
+                    lazy=True,
+                )
+                target = planner.resolve_tensor(item).detach()
+                piece = narrow_tensor_by_index(
+                    chunk, item.storage_offsets, item.lengths
+                )
+                copy_piece(target, piece)
+            planner.commit_tensor(item, target)
+        return super().read_data(replace(plan, items=others), planner)
 
 
 def save(reader: StorageReader, path: str | os.PathLike[str]) -> None:
@@ -109,8 +142,14 @@ class _Checkpoint:
     def tensor(self, fqn: str) -> torch.Tensor:
         """Returns a tensor, in memory of its own and contiguous."""
         known = self.of(fqn)
-        # NB: whatever the default device and dtype are.
-        tensor = torch.empty(known.size, dtype=known.properties.dtype, device="cpu")
+        dtype, numel = known.properties.dtype, prod(known.size)
+        # NB: pages of its own. What malloc gets back, with small pieces in between, it neither
+        # gives back to the system nor has room in for the next tensor.
+        if numel * dtype.itemsize >= _OWN_PAGES:
+            pages = _memory.own(numel * dtype.itemsize)
+            tensor = torch.frombuffer(pages, dtype=dtype).view(known.size)
+        else:
+            tensor = torch.empty(known.size, dtype=dtype, device="cpu")
         try:
             self._read({fqn: tensor})
         except Exception as error:

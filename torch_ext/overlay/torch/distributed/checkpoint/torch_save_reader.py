@@ -179,12 +179,7 @@ class TorchSaveReader(StorageReader):
                 f"{tuple(piece.size())} that is planned, got {tuple(target.size())}."
             )
         try:
-            with torch.no_grad():
-                for block, part in _blocks(target, piece):
-                    # NB: a copy of a deferred tensor that is not read straight to where it goes
-                    # leaves what it reads in the storage; a clone does not.
-                    straight = block.is_contiguous() and block.dtype == part.dtype
-                    block.copy_(part if straight else part.clone())
+            copy_piece(target, piece)
         except Exception as error:
             raise RuntimeError(
                 f"Could not load {_fqn(item)!r} of {self.path}: {error}"
@@ -194,6 +189,16 @@ class TorchSaveReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """See :meth:`StorageReader.validate_checkpoint_id`."""
         return os.path.exists(checkpoint_id)
+
+
+def copy_piece(target: torch.Tensor, piece: torch.Tensor) -> None:
+    """Copies a deferred tensor, with no more than a block of it in memory besides."""
+    with torch.no_grad():
+        for block, part in _blocks(target, piece):
+            # NB: a copy of a deferred tensor that is not read straight to where it goes
+            # leaves what it reads in the storage; a clone does not.
+            straight = block.is_contiguous() and block.dtype == part.dtype
+            block.copy_(part if straight else part.clone())
 
 
 def _load(path: str, weights_only: bool | None) -> Any:

@@ -21,5 +21,6 @@ def dcp_to_torch_save(dcp_checkpoint_dir, torch_save_path, *, stream: bool = Fal
     if stream:
         from torch.distributed.checkpoint import _single_file
 
-        return _single_file.save(FileSystemReader(dcp_checkpoint_dir), torch_save_path)
+        reader = _single_file.ChunkReader(dcp_checkpoint_dir)
+        return _single_file.save(reader, torch_save_path)
     ...
