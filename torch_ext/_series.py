@@ -136,6 +136,32 @@ always got, and the results are the same bit for bit.""",
         rfc="rfcs/RFC-0002-load-state-dict-reuse-tensors.md",
     ),
     Patch(
+        name="load_state_dict_sharded",
+        subject="[distributed] Load sharded modules from full tensors, each rank its own part",
+        summary="`load_state_dict(reuse_tensors=True)` of FSDP and DTensor modules from full tensors, each rank its own "
+        "part; `torch.distributed.errors.fail_together`: an error of one rank is one of all",
+        rationale="""\
+A sharded module loads an unsharded checkpoint by set_model_state_dict, for
+which one rank, or every rank, reads the whole file, and full tensors are sent
+around. With load_state_dict(reuse_tensors=True) each rank now takes its own
+part of each tensor of the state dict, straight into its own memory; with
+torch.load(lazy=True) only these parts are read. DTensors of any mesh (FSDP2,
+tensor parallel, both) and FullyShardedDataParallel are supported. Before
+anything changes the ranks agree by the store of the process group, so that all
+of them load, or all raise with the cause. fail_together() does the same for
+any code, so that a file that is bad on one rank is an error of all.""",
+        files=("torch/distributed/_load_sharded", "torch/distributed/errors.py"),
+        tests=(
+            "test/distributed/load_sharded_case.py",
+            "test/distributed/test_fail_together.py",
+            "test/distributed/test_load_sharded.py",
+            "test/distributed/test_load_sharded_fsdp1.py",
+            "test/distributed/test_load_sharded_law.py",
+        ),
+        requires=("load_lazy", "load_state_dict_reuse_tensors"),
+        rfc="rfcs/RFC-0005-sharded-load.md",
+    ),
+    Patch(
         name="device_context_meta",
         subject="[utils] Let `with torch.device('meta')` override an explicit device",
         summary='`with torch.device("meta"):` also overrides an explicit `device=`',

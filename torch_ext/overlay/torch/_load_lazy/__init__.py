@@ -74,6 +74,19 @@ def load(
             return _load_file(OpenFile(made, f, object_source(f), None))
     except NotRestored as carrier:
         raise carrier.error from None
+    except Exception as error:
+        _tell_other_ranks(error)
+        raise
+
+
+def _tell_other_ranks(error: Exception) -> None:
+    """Those that load a sharded module may be waiting for this one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        try:
+            from torch.distributed import errors
+        except ImportError:
+            return
+        errors.note(error)
 
 
 def load_deferred(path: str, *, weights_only: bool | None = None) -> Any:

@@ -31,6 +31,7 @@ from torch.nn.modules._reuse_tensors._journal import Journal
 from torch.nn.modules._reuse_tensors._memory import note_taken
 from torch.nn.modules._reuse_tensors._plain import plan_plain
 from torch.nn.modules._reuse_tensors._plan import NOTHING, Plan, SAME, SHARE
+from torch.nn.modules._reuse_tensors._sharding import Sharding, sharding_of
 from torch.nn.modules._reuse_tensors._stock import (
     check_is_mapping,
     load,
@@ -77,11 +78,11 @@ def load_state_dict(
             "mean reuse_tensors=True alone? It keeps the module's Parameters, assign=True "
             "replaces them.)"
         )
-    check_is_mapping(state_dict)
+    is_mapping = isinstance(state_dict, Mapping)
     metadata = getattr(state_dict, "_metadata", None)
-    if type(state_dict) not in (dict, OrderedDict):
+    if is_mapping and type(state_dict) not in (dict, OrderedDict):
         state_dict = OrderedDict(state_dict)
-    planned = plan_plain(module, state_dict)
+    planned = plan_plain(module, state_dict) if is_mapping else None
     if planned is not None:
         plan, missing = planned
         keys = _LoadedKeys(missing, [])
@@ -104,8 +105,30 @@ def _load_as_they_ask(
     metadata: Mapping[str, dict[str, Any]] | None,
     strict: bool,
 ) -> tuple[_LoadedKeys, Plan]:
-    """Load modules some of which have hooks, overrides or odd tensors."""
-    plan = Plan(module, state_dict)
+    """Load modules some of which have hooks, overrides, odd tensors or parts of tensors."""
+    sharding = sharding_of(module)
+    if sharding is None:
+        check_is_mapping(state_dict)
+        return _walk(module, state_dict, metadata, strict, None)
+    try:
+        check_is_mapping(state_dict)
+        with sharding.prepared():
+            loaded = _walk(module, state_dict, metadata, strict, sharding)
+    except BaseException as error:
+        sharding.agree(error)
+        raise
+    sharding.finish()
+    return loaded
+
+
+def _walk(
+    module: Module,
+    state_dict: Mapping[str, Any],
+    metadata: Mapping[str, dict[str, Any]] | None,
+    strict: bool,
+    sharding: Sharding | None,
+) -> tuple[_LoadedKeys, Plan]:
+    plan = Plan(module, state_dict, sharding)
     journal = Journal(plan)
     keys = _LoadedKeys([], [])
     walk = Walk(plan, journal, state_dict, metadata, keys)

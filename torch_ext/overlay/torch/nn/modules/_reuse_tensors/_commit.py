@@ -41,6 +41,7 @@ Undo = list[tuple[Callable[..., object], tuple[Any, ...]]]
 def commit(plan: Plan, undo: Undo, *, back_up: bool) -> None:
     """Do all that waits in ``plan``, undoably if ``back_up``."""
     if not (plan.moves or plan.alike):
+        _agree(plan, back_up)
         return
     with undisturbed():
         # NB: code that runs after this may write, which ends sharing tensor by tensor.
@@ -140,13 +141,18 @@ def _do(
     built: set[int] = set()
     for move in moves:
         target, source, how = move.target, move.source, move.how
-        if how is SHARE:
-            (new if target.is_meta else old).add(target, source)
-        elif how is BUILD:
-            data = torch.empty_like(target, device=source.device)
-            new.add(target, data.copy_(source))
+        if how is SHARE or how is BUILD:
+            data = source if how is SHARE else _copy(source, target, move.device)
+            (new if target.is_meta else old).add(target, data)
+            if move.shard is not None:
+                _let_follow(plan, move.shard.whole, data, new if target.is_meta else old)
         elif how is WRITE or how is TIED:
             unshare(plan, target, undo)
+            if move.shard is not None:
+                old.wholes.append(move.shard.whole)
+                # NB: reading may fail, so it comes before anything is changed.
+                if not plan.is_plain(source):
+                    source = _copy(source, target, target.device)
             written.add(target, source)
             if target.is_meta and id(target) not in built:
                 group = plan.meta_ties()[id(target)]
@@ -155,16 +161,46 @@ def _do(
         # NB: what has the state dict's memory already may have it from an earlier move.
         if how is not SAME or id(target) not in plan.outcome:
             plan.outcome[id(target)] = how
+    _agree(plan, back_up)
     _exchange_impls(new, undo)
     _write_and_exchange(written, old, undo, back_up)
 
 
+def _agree(plan: Plan, back_up: bool) -> None:
+    """Before what cannot be undone: raise if another rank cannot do it."""
+    if plan.sharding is not None and not back_up:
+        plan.sharding.agree()
+
+
+def _copy(source: Tensor, like: Tensor, device: torch.device) -> Tensor:
+    data = torch.empty_like(like, device=device)
+    with torch._C._EnableTorchFunction():  # type: ignore[attr-defined]
+        return data.copy_(source)
+
+
+def _let_follow(plan: Plan, whole: Tensor, data: Tensor, pairs: _Pairs) -> None:
+    """Let a sharded tensor, too, be where its part is."""
+    pairs.wholes.append(whole)
+    if plan.sharding is not None and pairs.targets[-1].is_meta:
+        like = plan.sharding.over(whole, data)
+        if like is None:
+            pairs.wholes.pop()
+        else:
+            pairs.likes.append(like)
+
+
 class _Pairs:
-    """Targets, and the data for each."""
+    """Targets, and the data for each.
+
+    ``wholes`` are the sharded tensors of which some targets are parts, ``likes`` what they
+    become if these were on meta.
+    """
 
     def __init__(self) -> None:
         self.targets: list[Tensor] = []
         self.data: list[Tensor] = []
+        self.wholes: list[Tensor] = []
+        self.likes: list[Tensor] = []
 
     def add(self, target: Tensor, data: Tensor) -> None:
         self.targets.append(target)
@@ -178,9 +214,10 @@ class _Pairs:
 
 def _exchange_impls(new: _Pairs, undo: Undo) -> None:
     if new.targets:
-        impls = impls_for(new.targets, new.data)
-        undo.append((swap_back_all, (new.targets, impls)))
-        swap_all(new.targets, impls)
+        targets = new.targets + new.wholes
+        impls = impls_for(new.targets, new.data) + new.likes
+        undo.append((swap_back_all, (targets, impls)))
+        swap_all(targets, impls)
 
 
 def _write_and_exchange(
@@ -195,7 +232,7 @@ def _write_and_exchange(
         # NB: from here on nothing can fail, and the old memory goes.
         () if back_up else map(list.clear, [undo]),
         map(_set_data, targets, exchanged.data),
-        map(_increment_versions, [targets]),
+        map(_increment_versions, [targets + exchanged.wholes]),
     )
     deque(steps, maxlen=0)
 

@@ -202,6 +202,8 @@ class _Watch(TorchFunctionMode):
         journal = self.journal
         move = journal.plan.propose(key, target, source)
         if move is None:
+            if journal.plan.sharding is not None:
+                journal.plan.sharding.check(target, source)
             if self.plans:
                 journal.commit()
             has_values = isinstance(source, Tensor) and not source.is_meta

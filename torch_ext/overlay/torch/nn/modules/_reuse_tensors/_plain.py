@@ -31,6 +31,8 @@ def plan_plain(
     rows = rows_of(module, "", state_dict, StockTypes(), recurse=True)
     if rows is None or len(rows.keys) < len(state_dict):
         return None
+    if rows.missing and not all(plan.is_plain(tensor) for _, tensor, _ in rows.left):
+        return None
     with undisturbed():
         if not plan.propose_all(rows):
             return None

@@ -22,6 +22,7 @@ from torch.nn.modules._reuse_tensors._memory import (
     is_unseen,
     may_be_taken,
 )
+from torch.nn.modules._reuse_tensors._sharding import Shard, Sharding
 from torch.utils._swap_meta import (
     has_plain_keys,
     is_unshared,
@@ -55,12 +56,20 @@ class Move:
     """One target, its source, and how the one takes the other.
 
     ``start`` is the address of the source if that is plain, and ``end`` the one after it.
+    ``shard`` is what target and source are parts of, if they are.
     """
 
-    __slots__ = ("end", "how", "key", "source", "start", "target")
+    __slots__ = ("end", "how", "key", "shard", "source", "start", "target")
 
     def __init__(
-        self, key: str, target: Tensor, source: Tensor, how: How, start: int, end: int
+        self,
+        key: str,
+        target: Tensor,
+        source: Tensor,
+        how: How,
+        start: int,
+        end: int,
+        shard: Shard | None = None,
     ) -> None:
         self.key = key
         self.target = target
@@ -68,6 +77,12 @@ class Move:
         self.how = how
         self.start = start
         self.end = end
+        self.shard = shard
+
+    @property
+    def device(self) -> torch.device:
+        """Where a copy of the source is to be, if the target is on meta."""
+        return self.source.device if self.shard is None else self.shard.device
 
     def do_not_share(self) -> None:
         if self.how is SHARE:
@@ -103,7 +118,15 @@ class Plan:
     ``outcome`` by ``id`` how tensors were loaded if not.
     """
 
-    def __init__(self, module: torch.nn.Module, state_dict: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        state_dict: Mapping[str, Any],
+        sharding: Sharding | None = None,
+    ) -> None:
+        self.sharding = sharding
+        # By ``id`` of a sharded tensor, its memory here, and what that is loaded from.
+        self.parts: dict[int, tuple[Tensor, Tensor]] = {}
         self.keys: list[str] = []
         self.targets: list[Tensor] = []
         self.sources: list[Any] = []
@@ -136,6 +159,7 @@ class Plan:
                     return False
                 if move.how is NOTHING:
                     rows.left.append((key, target, True))
+                rows.targets[i], rows.sources[i] = move.target, move.source
         return True
 
     def _are_alike(self, targets: list[Tensor], sources: list[Any]) -> list[bool]:
@@ -163,6 +187,10 @@ class Plan:
 
     def propose(self, key: str, target: Tensor, source: Any) -> Move | None:
         """A move that is sure not to raise; ``None`` where only a real ``copy_`` can tell."""
+        if self.sharding is not None:
+            shard = self.sharding.shard_of(target, source)
+            if shard is not None:
+                return self._propose_part(key, shard)
         if not (self.is_plain(target) and self.is_plain(source)):
             return None
         if target.shape != source.shape:
@@ -182,7 +210,8 @@ class Plan:
         else:
             contiguous = target.is_contiguous()
             how = SHARE if alike and (contiguous or is_dense(target)) else BUILD
-        if how is None or not (alike or self._converts(target, source)):
+        device = source.device if target.is_meta else target.device
+        if how is None or not (alike or self._converts(target, source, device)):
             return None
         if (
             how is SHARE
@@ -192,6 +221,41 @@ class Plan:
             how = BUILD if target.is_meta else WRITE
         start = source.data_ptr()
         return Move(key, target, source, how, start, start + source.nbytes)
+
+    def _propose_part(self, key: str, shard: Shard) -> Move | None:
+        """A move that puts a part of the source where this rank's memory is, or is to be."""
+        whole, target, source, device = shard
+        # NB: what is not plain, say deferred, is read before anything is changed.
+        is_plain = self.is_plain(source)
+        if not self.is_plain(target) or (source.is_meta and not target.is_meta):
+            return None
+        alike = (
+            is_plain
+            and target.dtype is source.dtype
+            and target.stride() == source.stride()
+            and source.device == device
+        )
+        if not target.is_meta:
+            how = self._how_in_memory(target, source, alike) if is_plain else WRITE
+            how = WRITE if how is None else how
+        elif source.is_meta:
+            how = NOTHING
+        else:
+            how = SHARE if alike and is_dense(target) else BUILD
+        if how is not NOTHING and not (
+            alike or self._converts(target, source, device)
+        ):
+            return None
+        # NB: the part is a holder, too.
+        if how is SHARE and may_be_taken(source, self.holders_of(source) + 1):
+            how = BUILD if target.is_meta else WRITE
+        self.parts[id(whole)] = target, source
+        start = source.data_ptr() if is_plain else 0
+        return Move(key, target, source, how, start, start + source.nbytes, shard)
+
+    def local_of(self, tensor: Tensor) -> Tensor:
+        """The memory of a tensor of the module, or of this rank's part of it."""
+        return tensor if self.sharding is None else self.sharding.local_of(tensor)
 
     def _how_in_memory(self, target: Tensor, source: Tensor, alike: bool) -> How | None:
         self._has_memory = True
@@ -208,9 +272,8 @@ class Plan:
         """Strided, neither wrapped nor lazily conjugated, of a class that adds no operation."""
         return self._is_plain_type[type(tensor)] and has_plain_keys(tensor)
 
-    def _converts(self, target: Tensor, source: Tensor) -> bool:
+    def _converts(self, target: Tensor, source: Tensor, device: torch.device) -> bool:
         """Whether ``copy_`` knows this pair of dtypes and devices."""
-        device = source.device if target.is_meta else target.device
         pair = (target.dtype, device, source.dtype, source.device)
         if pair not in self._can_copy:
             try:
@@ -245,7 +308,7 @@ class Plan:
         self.keys += rows.keys
         self.targets += rows.targets
         self.sources += rows.sources
-        self.left += rows.left
+        self.left += [(key, self.local_of(t), stays) for key, t, stays in rows.left]
         if not (self.moves or rows.has_moves):
             self.alike.update(zip(map(id, rows.targets), count(first)))
             return
@@ -319,7 +382,7 @@ class Plan:
     def extents(self) -> Extents:
         """Where the module's tensors are, or were when this was first asked for."""
         if self._owned is None:
-            tensors = tensors_of(self._module)
+            tensors = map(self.local_of, tensors_of(self._module))
             plain = (t for t in tensors if not t.is_meta and self.is_plain(t))
             self._owned = Extents(extent(t) for t in plain)
         return self._owned

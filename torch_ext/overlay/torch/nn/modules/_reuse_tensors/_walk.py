@@ -58,6 +58,8 @@ class Walk(IndexedWalk):
         self.visit(module, self._state_dict, "")
 
     def load_own(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
+        if self._plan.sharding is not None:
+            self._plan.sharding.rename(module, state_dict, prefix)
         if not self._plan_module(module, state_dict, prefix):
             self._run_module(module, state_dict, prefix)
 
@@ -109,11 +111,13 @@ class Walk(IndexedWalk):
         persistent = _persistent(module)
         for _, name, tensor in _own(module):
             key = prefix + name
-            self._plan.left.append((key, tensor, name in persistent))
+            plan = self._plan
+            plan.left.append((key, plan.local_of(tensor), name in persistent))
             if name in persistent and key in state_dict:
-                self._plan.keys.append(key)
-                self._plan.targets.append(tensor)
-                self._plan.sources.append(state_dict[key])
+                pair = plan.parts.get(id(tensor), (tensor, state_dict[key]))
+                plan.keys.append(key)
+                plan.targets.append(pair[0])
+                plan.sources.append(pair[1])
 
     def _metadata_of(self, prefix: str) -> dict[str, Any]:
         if not self._metadata_is_ours:
