@@ -50,9 +50,13 @@ class FlatPart(Tensor):
         rows = full[first : -(-end // row)].reshape(-1)
         return rows[start - first * row : end - first * row]
 
-    def copy_(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not by itself; so this is no plain tensor."""
-        raise RuntimeError("Expected a part of a flat parameter to be loaded in parts.")
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Nothing of its own; that there is one says that this is no plain tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class FlatParts:
