@@ -138,8 +138,8 @@ always got, and the results are the same bit for bit.""",
     Patch(
         name="load_state_dict_sharded",
         subject="[distributed] Load sharded modules from full tensors, each rank its own part",
-        summary="`load_state_dict(reuse_tensors=True)` of FSDP and DTensor modules from full tensors, each rank its own "
-        "part; `torch.distributed.errors.fail_together`: an error of one rank is one of all",
+        summary="`load_state_dict(reuse_tensors=True)` of FSDP and DTensor modules from full tensors, each rank "
+        "its own part; `torch.distributed.errors.fail_together`: an error of one rank is one of all",
         rationale="""\
 A sharded module loads an unsharded checkpoint by set_model_state_dict, for
 which one rank, or every rank, reads the whole file, and full tensors are sent

@@ -59,10 +59,10 @@ class ShardedTestCase(MultiProcContinuousTest):
         kwargs = {"deferred": {"lazy": True, "mmap": False}, "mapped": {"lazy": True}}
         return torch.load(self.path, **kwargs.get(how, {}))
 
-    def outcomes(self, function):
+    def outcomes(self, function, *args, **kwargs):
         """What ``function`` raises on each rank, as text; empty if nothing."""
         try:
-            function()
+            function(*args, **kwargs)
             text = ""
         except Exception as error:
             text = f"{type(error).__name__}: {error}"

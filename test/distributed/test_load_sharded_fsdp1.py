@@ -11,6 +11,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel as FSDP,
+)
+from torch.distributed.fsdp import (
     ShardingStrategy,
     StateDictType,
 )
@@ -34,19 +36,28 @@ CPU = torch.device("cpu")
 def model_of(use_orig_params, strategy=FULL, checkpointed=False):
     """A nested model, three wrappers deep."""
     torch.manual_seed(0)
-    kwargs = {"use_orig_params": use_orig_params, "sharding_strategy": strategy, "device_id": CPU}
+    kwargs = {
+        "use_orig_params": use_orig_params,
+        "sharding_strategy": strategy,
+        "device_id": CPU,
+    }
     if strategy is HYBRID:
         kwargs["device_mesh"] = init_device_mesh("cpu", (2, 2))
     model = Model()
     for i, layer in enumerate(model.layers):
-        model.layers[i] = FSDP(checkpoint_wrapper(layer) if checkpointed else layer, **kwargs)
+        model.layers[i] = FSDP(
+            checkpoint_wrapper(layer) if checkpointed else layer, **kwargs
+        )
     model.layers = FSDP(model.layers, **kwargs)
     return FSDP(model, **kwargs)
 
 
 def shards_of(model):
     return [
-        (wrapper._handle.flat_param._local_shard.clone(), wrapper._handle.flat_param.data_ptr())
+        (
+            wrapper._handle.flat_param._local_shard.clone(),
+            wrapper._handle.flat_param.data_ptr(),
+        )
         for wrapper in FSDP.fsdp_modules(model)
         if wrapper._handle is not None
     ]
@@ -87,7 +98,10 @@ class TestLoadFSDP1(ShardedTestCase):
                 value.div_(1e4)
         self.save(expected)
         theirs.load_state_dict(self.load("plain"))
-        before = [p.data_ptr() for p in ours.parameters()], dict(ours.named_parameters())
+        before = (
+            [p.data_ptr() for p in ours.parameters()],
+            dict(ours.named_parameters()),
+        )
         for how in WAYS:
             ours.load_state_dict(full_state(), reuse_tensors=True)
             result = ours.load_state_dict(self.load(how), reuse_tensors=True)
@@ -106,8 +120,11 @@ class TestLoadFSDP1(ShardedTestCase):
     def test_reads_its_part_only(self, use_orig_params):
         expected = {"0.weight": torch.randn(63, 2048), "0.bias": torch.randn(63)}
         self.save(expected)
-        model = FSDP(nn.Sequential(nn.Linear(2048, 63)), use_orig_params=use_orig_params, device_id=CPU)
-        gathered = []
+        model = FSDP(
+            nn.Sequential(nn.Linear(2048, 63)),
+            use_orig_params=use_orig_params,
+            device_id=CPU,
+        )
         with counted_reads() as counts:
             model.load_state_dict(self.load("deferred"), reuse_tensors=True)
         # Rounded up to alike parts, with padding between the parameters.
@@ -126,21 +143,28 @@ class TestLoadFSDP1(ShardedTestCase):
         state_dict["more"] = torch.ones(1)
         del state_dict["layers.1.weight"]
         errors = [
-            self.outcomes(lambda: model.load_state_dict(state_dict, **kwargs))
+            self.outcomes(model.load_state_dict, state_dict, **kwargs)
             for kwargs in ({}, {"reuse_tensors": True})
         ]
         self.assertEqual(*errors)
-        self.assertIn('Missing key(s) in state_dict: "_fsdp_wrapped_module', errors[0][0])
+        self.assertIn(
+            'Missing key(s) in state_dict: "_fsdp_wrapped_module', errors[0][0]
+        )
         # The other one has loaded what it could by then.
         model.load_state_dict(full_state(seed=2), reuse_tensors=True)
         before = shards_of(model)
         state_dict = full_state(seed=3)
         state_dict["layers.0.bias"] = torch.ones(4)
         state_dict["norm.weight"] = torch.ones(8)
-        texts = self.outcomes(lambda: model.load_state_dict(state_dict, reuse_tensors=True))
+        texts = self.outcomes(model.load_state_dict, state_dict, reuse_tensors=True)
         self.assertEqual(shards_of(model), before)
-        self.assertIn("layers._fsdp_wrapped_module.0._fsdp_wrapped_module.bias: copying a param with shape torch.Size([4])", texts[0])
-        self.assertIn("norm.weight: copying a param with shape torch.Size([8])", texts[0])
+        self.assertIn(
+            "layers._fsdp_wrapped_module.0._fsdp_wrapped_module.bias: copying a param with shape torch.Size([4])",
+            texts[0],
+        )
+        self.assertIn(
+            "norm.weight: copying a param with shape torch.Size([8])", texts[0]
+        )
         self.assertEqual(model.state_dict(), dict(full_state(seed=2)))
 
     def test_other_kinds_of_state_dict_are_left_to_fsdp(self):
@@ -148,9 +172,10 @@ class TestLoadFSDP1(ShardedTestCase):
         train(model)
         with FSDP.state_dict_type(model, StateDictType.LOCAL_STATE_DICT):
             state_dict = model.state_dict()
-            before = [shard.clone() for shard, _ in shards_of(model)]
+            before = [shard for shard, _ in shards_of(model)]
             train(model)
-            model.load_state_dict(state_dict)
+            model.load_state_dict(state_dict, reuse_tensors=True)
+        self.assertEqual([shard for shard, _ in shards_of(model)], before)
         with FSDP.summon_full_params(model):
             model.load_state_dict(full_state(), reuse_tensors=True)
         self.assertEqual(model.state_dict(), dict(full_state()))

@@ -54,7 +54,11 @@ def cases(draw):
             dims = st.integers(0, len(size) - 1)
             kinds.append(st.builds(Shard, dims))
             kinds.append(
-                st.builds(lambda d, f: _StridedShard(d, split_factor=f), dims, st.integers(1, 3))
+                st.builds(
+                    lambda d, f: _StridedShard(d, split_factor=f),
+                    dims,
+                    st.integers(1, 3),
+                )
             )
         return draw(st.one_of(kinds))
 
@@ -93,7 +97,10 @@ class TestShardedLaw(ShardedTestCase):
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(st.lists(cases(), min_size=1, max_size=4), st.sampled_from([{}, {"lazy": True}, {"lazy": True, "mmap": False}]))
+    @hypothesis.given(
+        st.lists(cases(), min_size=1, max_size=4),
+        st.sampled_from([{}, {"lazy": True}, {"lazy": True, "mmap": False}]),
+    )
     def check(self, drawn, kwargs):
         module, state_dict, expected = nn.Module(), {}, {}
         for i, case in enumerate(drawn):

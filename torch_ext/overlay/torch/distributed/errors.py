@@ -178,15 +178,17 @@ class _Ballot:
         for entry in self._failures.news():
             rank, _, text = entry.partition(" ")
             self._noted[int(rank)] = text
-        for rank in map(int, self._ends.news()):
-            if rank in self._ranks and self._is_missing(rank):
-                self.veto(rank, f"ended before it came{self._before(rank)}")
+        for ended in map(int, self._ends.news()):
+            if ended in self._ranks and self._is_missing(ended):
+                self.veto(ended, f"ended before it came{self._before(ended)}")
 
     def _is_missing(self, rank: int) -> bool:
         return not self._store.check([f"{self._name}/{rank}"])
 
     def _before(self, rank: int) -> str:
-        return f"; before, it failed: {self._noted[rank]}" if rank in self._noted else ""
+        return (
+            f"; before, it failed: {self._noted[rank]}" if rank in self._noted else ""
+        )
 
     def _lost(self, lost: Exception) -> NoReturn:
         known = [f"Rank {r} failed: {text}" for r, text in self._noted.items()]
@@ -228,7 +230,8 @@ def _is_initialized() -> bool:
 
 
 def _store() -> Any:
-    return dist.PrefixStore(_PREFIX, dist.distributed_c10d._get_default_store())
+    c10d = dist.distributed_c10d
+    return c10d.PrefixStore(_PREFIX, c10d._get_default_store())
 
 
 def _describe(error: BaseException) -> str:

@@ -14,11 +14,10 @@ parts of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import errors
 from torch.distributed._load_sharded._flat import FlatPart, FlatParts
@@ -110,7 +109,12 @@ class Sharding:
 
     def rename(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
         """See the protocol."""
+        self._hooks.rename(module, state_dict, prefix)
         self._flat.rename(module, state_dict, prefix)
+
+    def clean(self, key: str) -> str:
+        """See the protocol."""
+        return self._flat.clean(key)
 
     def agree(self, error: BaseException | None = None) -> None:
         """See the protocol; once a load, since the ranks meet once."""

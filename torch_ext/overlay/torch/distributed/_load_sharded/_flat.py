@@ -78,13 +78,14 @@ class FlatParts:
 
     def _add(self, wrapper: Any) -> None:
         from torch.distributed import get_process_group_ranks
-        from torch.distributed.fsdp.api import StateDictType
+        from torch.distributed.fsdp.api import ShardingStrategy, StateDictType
 
         for name in ("process_group", "_inter_node_pg"):
             group = getattr(wrapper, name, None)
             if group is not None:
                 self.groups.add(tuple(sorted(get_process_group_ranks(group))))
-        if wrapper._state_dict_type is not StateDictType.FULL_STATE_DICT:
+        is_full = wrapper._state_dict_type is StateDictType.FULL_STATE_DICT
+        if not is_full and wrapper.sharding_strategy is not ShardingStrategy.NO_SHARD:
             return
         if wrapper._handle is None or _is_ordinary(wrapper._handle):
             self._wrappers[id(wrapper)] = wrapper
@@ -96,6 +97,14 @@ class FlatParts:
             from torch.distributed.utils import _replace_by_prefix
 
             _replace_by_prefix(state_dict, prefix, prefix + FSDP_PREFIX)
+
+    def clean(self, key: str) -> str:
+        """As FSDP1's post-hook."""
+        if not self._wrappers:
+            return key
+        from torch.distributed.fsdp._common_utils import clean_tensor_name
+
+        return clean_tensor_name(key)
 
     @contextmanager
     def unfolded(self) -> Iterator[None]:
@@ -154,10 +163,11 @@ def _unfolded(wrapper: Any, handle: Any) -> Iterator[None]:
         _reshard(wrapper, handle, True)
     own = wrapper._fsdp_wrapped_module._parameters
     flat = own.pop(FLAT_PARAM, None)
-    before = []
+    before: list[tuple[dict[str, Any], str, Any]] = []
     for module, name, part in _parts(handle.flat_param):
-        before.append((module._parameters, name, module._parameters.get(name)))
-        module._parameters[name] = part
+        parameters: dict[str, Any] = module._parameters
+        before.append((parameters, name, parameters.get(name)))
+        parameters[name] = part
     try:
         yield
     finally:

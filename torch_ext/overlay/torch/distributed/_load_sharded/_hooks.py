@@ -1,4 +1,4 @@
-"""The hooks of ``fully_shard`` around a load, which need not run between its modules.
+"""The hooks of ``fully_shard`` and ``checkpoint_wrapper``, which need not run in the middle of a load.
 
 Law: the parameters are sharded before the load, and FSDP knows their memory after it, as if its hooks had run; but no
 one has to stop, and keep what was overwritten, for hooks that look at nothing but this.
@@ -7,7 +7,6 @@ one has to stop, and keep what was overwritten, for hooks that look at nothing b
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn import Module
 
 
 _OF_FSDP = "torch.distributed.fsdp._fully_shard."
+_OF_CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 
 
 class FSDPHooks:
@@ -33,6 +33,7 @@ class FSDPHooks:
         self._after: list[Callable[..., Any]] = []
         self.params: list[DTensor] = []
         self._on_cpu: set[int] = set()
+        self._checkpointed: set[int] = set()
         for child in self._modules:
             for param in _params_of(child):
                 self.params.append(param.sharded_param)
@@ -61,15 +62,24 @@ class FSDPHooks:
                     if own:
                         taken.append((hooks, hooks.copy()))
                     for key, hook in own.items():
-                        if hooks is child._load_state_dict_pre_hooks:
-                            hook()
-                        else:
-                            self._after.append(hook)
                         del hooks[key]
+                        if hooks is child._load_state_dict_post_hooks:
+                            self._after.append(hook)
+                        elif _origin(hook) == _OF_CHECKPOINT:
+                            self._checkpointed.add(id(child))
+                        else:
+                            hook()
             yield
         finally:
             for hooks, before in taken:
                 _put_back(hooks, before)
+
+    def rename(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Rename keys as the pre-hook of ``checkpoint_wrapper`` does."""
+        if id(module) in self._checkpointed:
+            wrapper = sys.modules[_OF_CHECKPOINT]
+            inner = prefix + wrapper._CHECKPOINT_PREFIX
+            wrapper._replace_by_prefix(state_dict, prefix, inner)
 
     def run_after(self) -> None:
         """Run those that run after a load."""
@@ -87,12 +97,17 @@ def _params_of(module: Module) -> Iterator[Any]:
                 yield from group.fsdp_params
 
 
-def _is_own(hook: Any) -> bool:
+def _origin(hook: Any) -> str:
     function = getattr(hook, "hook", hook)  # what _WrappedHook wraps
-    return str(getattr(function, "__module__", "")).startswith(_OF_FSDP)
+    return str(getattr(function, "__module__", ""))
 
 
-def _put_back(hooks: dict[int, Any], before: OrderedDict[int, Any]) -> None:
+def _is_own(hook: Any) -> bool:
+    origin = _origin(hook)
+    return origin.startswith(_OF_FSDP) or origin == _OF_CHECKPOINT
+
+
+def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
     """Where they were, while others may have come and gone."""
     now = dict(hooks)
     hooks.clear()

@@ -1,8 +1,8 @@
 """Which part of a full tensor a rank has of a DTensor.
 
-Law: the part is what ``distribute_tensor`` gives the rank, as a view wherever it lies in one piece along each dimension.
-Of a parameter that ``fully_shard`` has sharded on top of tensor parallelism it is what that gives the rank, which is the
-same unless both are uneven.
+Law: the part is what ``distribute_tensor`` gives the rank, as a view wherever it lies in one piece along each
+dimension. Of a parameter that ``fully_shard`` has sharded on top of tensor parallelism it is what that gives the rank,
+which may be another one where the sizes are uneven.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def part_of(full: Tensor, whole: DTensor, is_fsdp: bool) -> Tensor | None:
                 part = part.narrow(dim, start[dim], size[dim])
         return part
     for dim in range(full.dim()):
-        steps = [
+        steps: list[Step] = [
             (p, mesh.size(i), coordinate[i])
             for i, p in enumerate(placements)
             if isinstance(p, (Shard, _StridedShard)) and p.dim == dim
@@ -59,7 +59,7 @@ def _indices(length: int, steps: list[Step], is_fsdp: bool) -> Tensor:
     indices = torch.arange(length, device="cpu")
     # NB: fully_shard comes after tensor parallelism, but stands before it in the mesh.
     for placement, count, which in reversed(steps) if is_fsdp else steps:
-        along = Shard(0)
+        along: Shard | _StridedShard = Shard(0)
         if isinstance(placement, _StridedShard) and not is_fsdp:
             along = _StridedShard(0, split_factor=placement.split_factor)
         parts, _ = along._split_tensor(

@@ -137,6 +137,9 @@ def _walk(
         errors = walk.error_msgs
         if strict and not errors:
             errors = _still_meta(plan, keys.missing_keys)
+        if sharding is not None:
+            for names in (*keys, plan.keys):
+                names[:] = map(sharding.clean, names)
         raise_errors(module, keys, errors, strict)
         commit(plan, journal.undo, back_up=False)
     except BaseException:

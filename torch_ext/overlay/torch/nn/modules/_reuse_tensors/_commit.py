@@ -145,7 +145,9 @@ def _do(
             data = source if how is SHARE else _copy(source, target, move.device)
             (new if target.is_meta else old).add(target, data)
             if move.shard is not None:
-                _let_follow(plan, move.shard.whole, data, new if target.is_meta else old)
+                _let_follow(
+                    plan, move.shard.whole, data, new if target.is_meta else old
+                )
         elif how is WRITE or how is TIED:
             unshare(plan, target, undo)
             if move.shard is not None:
@@ -174,7 +176,7 @@ def _agree(plan: Plan, back_up: bool) -> None:
 
 def _copy(source: Tensor, like: Tensor, device: torch.device) -> Tensor:
     data = torch.empty_like(like, device=device)
-    with torch._C._EnableTorchFunction():  # type: ignore[attr-defined]
+    with torch._C._EnableTorchFunction():
         return data.copy_(source)
 
 

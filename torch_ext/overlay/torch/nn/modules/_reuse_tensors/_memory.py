@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import le
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,3 +193,19 @@ class Extents:
         self._starts.insert(i, start)
         self._ends.insert(i, end)
         return True
+
+
+class PlainTypes(dict[type, bool]):
+    """Which classes are those of tensors, and add no operation of their own."""
+
+    def __missing__(self, cls: type) -> bool:
+        self[cls] = issubclass(cls, Tensor) and _adds_no_operation(cls)
+        return self[cls]
+
+
+def _adds_no_operation(cls: type[Tensor]) -> bool:
+    function: Any = cls.__torch_function__
+    return cls.copy_ is Tensor.copy_ and (
+        function is torch._C._disabled_torch_function_impl
+        or getattr(function, "__func__", None) is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    )

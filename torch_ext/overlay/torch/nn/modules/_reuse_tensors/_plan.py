@@ -21,6 +21,7 @@ from torch.nn.modules._reuse_tensors._memory import (
     is_dense,
     is_unseen,
     may_be_taken,
+    PlainTypes,
 )
 from torch.nn.modules._reuse_tensors._sharding import Shard, Sharding
 from torch.utils._swap_meta import (
@@ -138,7 +139,7 @@ class Plan:
         self._state_dict = state_dict
         self.all_alike = False
         self._has_memory = False
-        self._is_plain_type = _PlainTypes()
+        self._is_plain_type = PlainTypes()
         self._can_copy: dict[tuple[object, ...], bool] = {}
         self._ties: dict[int, list[Tensor]] | None = None
         self._owned: Extents | None = None
@@ -242,9 +243,7 @@ class Plan:
             how = NOTHING
         else:
             how = SHARE if alike and is_dense(target) else BUILD
-        if how is not NOTHING and not (
-            alike or self._converts(target, source, device)
-        ):
+        if how is not NOTHING and not (alike or self._converts(target, source, device)):
             return None
         # NB: the part is a holder, too.
         if how is SHARE and may_be_taken(source, self.holders_of(source) + 1):
@@ -393,19 +392,3 @@ def tensors_of(module: torch.nn.Module) -> Iterator[Tensor]:
     for child in torch.nn.Module.modules(module):
         for tensors in (child._parameters, child._buffers):
             yield from (tensor for tensor in tensors.values() if tensor is not None)
-
-
-class _PlainTypes(dict[type, bool]):
-    """Which classes are those of tensors, and add no operation of their own."""
-
-    def __missing__(self, cls: type) -> bool:
-        self[cls] = issubclass(cls, Tensor) and _adds_no_operation(cls)
-        return self[cls]
-
-
-def _adds_no_operation(cls: type[Tensor]) -> bool:
-    function: Any = cls.__torch_function__
-    return cls.copy_ is Tensor.copy_ and (
-        function is torch._C._disabled_torch_function_impl
-        or getattr(function, "__func__", None) is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
-    )

@@ -51,6 +51,9 @@ class Sharding(Protocol):
     def rename(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
         """Give the keys the names that they have below a wrapper."""
 
+    def clean(self, key: str) -> str:
+        """The name of a tensor without those of wrappers."""
+
     def agree(self, error: BaseException | None = None) -> None:
         """Raise if another rank has an error."""
 
