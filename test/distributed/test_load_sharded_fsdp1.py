@@ -166,9 +166,9 @@ class TestLoadFSDP1(ShardedTestCase):
         self.assertEqual(model.state_dict(), dict(full_state(seed=2)))
 
     def test_other_kinds_of_state_dict_are_left_to_fsdp(self):
-        model = model_of(True)
+        model = model_of(False)
         train(model)
-        with FSDP.state_dict_type(model, StateDictType.LOCAL_STATE_DICT):
+        with FSDP.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
             state_dict = model.state_dict()
             before = [shard for shard, _ in shards_of(model)]
             train(model)
