@@ -73,13 +73,14 @@ def load(
             _check_seekable(f)
             return _load_file(OpenFile(made, f, object_source(f), None))
     except NotRestored as carrier:
+        _tell_other_ranks(carrier.error)
         raise carrier.error from None
     except Exception as error:
         _tell_other_ranks(error)
         raise
 
 
-def _tell_other_ranks(error: Exception) -> None:
+def _tell_other_ranks(error: BaseException) -> None:
     """Those that load a sharded module may be waiting for this one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         try:
