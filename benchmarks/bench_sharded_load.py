@@ -2,8 +2,8 @@
 
 Claims: all ranks together read at most 1.05 times the file, each at most 1.1 times its share; no rank has more
 anonymous memory than its shard and one tensor; and that takes at most a third of the time of ``set_model_state_dict``
-with ``broadcast_from_rank0`` after ``torch.load``, and of ``dcp.load`` with ``BroadcastingTorchSaveReader``, which takes
-14 GiB of memory for a file of 2.
+with ``broadcast_from_rank0`` after ``torch.load``, and of ``dcp.load`` with ``BroadcastingTorchSaveReader``, which
+takes 14 GiB of memory for a file of 2.
 
 Each run is four processes of its own (gloo, one thread each), and the variants take turns. The clock runs from a
 barrier, before the file is opened, to one after the load, and on to one after each rank has summed up its shard: what
