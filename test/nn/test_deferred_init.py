@@ -107,6 +107,16 @@ class TestDeferredInit(DeferredTestCase):
         for name in ("numbers", "large", "array", "kind", "unique"):
             self.assertEqual(getattr(module, name), getattr(expected, name))
 
+    def test_a_constructor_that_runs_what_it_builds(self):
+        def f():
+            m = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+            with torch.no_grad():
+                width = m(torch.zeros(1, 3, 2, 2)).shape[1]
+            m.append(nn.Linear(width, 2))
+            return m.train()
+
+        self.check(f)
+
     def test_seeds_and_generators_in_the_constructor(self):
         def f():
             m = nn.Module()

@@ -277,7 +277,10 @@ def memory_of(ref: Ref, made: Tensor) -> torch.UntypedStorage:
     ):
         return storage
     storage = torch.UntypedStorage(ref.slot.nbytes, device=made.device)
-    ref.tensor(storage).copy_(made)
+    if made.numel():
+        ref.tensor(storage).copy_(made)
+    else:  # NB: of batch_norm in eval mode, meta kernels make statistics, and CPU's don't.
+        storage.fill_(0)
     return storage
 
 
