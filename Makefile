@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 test: lint types
 	$(MAKE) --jobs=2 --output-sync=target test-graft test-tree
 
-test-slow: $(VENV)/installed
+test-slow: $(VENV)/zoo
 	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
 
 lint: $(VENV)/installed
@@ -40,6 +40,11 @@ $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet $(TORCH)
 	$(PY) -m pip install --quiet --editable ".[test,demo,bench]"
+	touch $@
+
+# NB: naming torch here keeps pip from replacing it by the one that the latest torchvision wants.
+$(VENV)/zoo: $(VENV)/installed
+	$(PY) -m pip install --quiet --editable ".[zoo]" $(TORCH)
 	touch $@
 
 clean:

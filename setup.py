@@ -32,6 +32,15 @@ setup(
             "psutil",
             "transformers>=5",
         ],
+        # A torchvision asks for one release of torch: with an open end, pip would rather replace torch.
+        "zoo": [
+            "accelerate>=1.15",
+            "diffusers>=0.42",
+            "numpy",
+            "timm>=1.0.31",
+            "torchvision>=0.26,<0.29",
+            "transformers>=5",
+        ],
     },
     entry_points={"torch.backends": ["torch_ext = torch_ext._autoload:autoload"]},
 )
