@@ -17,8 +17,8 @@ def markdown(found: Found) -> str:
 
 def _head() -> Iterator[str]:
     python, machine = platform.python_version(), platform.machine()
-    yield f"torch {version('torch')}, Python {python}, {machine}. Each cell: right / raised / something left real, or"
-    yield "not equal to eager construction."
+    yield f"torch {version('torch')}, Python {python}, {machine}. Each cell: right / raised / something left real,"
+    yield "or not equal to eager construction."
 
 
 def kind(result: str) -> str:
@@ -30,7 +30,8 @@ def kind(result: str) -> str:
 
 
 def _counts(found: Found) -> Iterator[str]:
-    yield " | ".join(["| ", *(f"{name} {version(name)}" for name in found), ""])
+    names = [f"{name} {version(name)}" for name in found]
+    yield " | ".join(["| ", *names, ""]).rstrip()
     yield "|---" * (1 + len(found)) + "|"
     built = {name: _built(results) for name, results in found.items()}
     cells = [f"{len(built[name])} of {len(found[name])}" for name in found]
