@@ -107,6 +107,18 @@ class TestDeferredInit(DeferredTestCase):
         for name in ("numbers", "large", "array", "kind", "unique"):
             self.assertEqual(getattr(module, name), getattr(expected, name))
 
+    def test_factories_that_take_tensors(self):
+        def f():
+            m = nn.Module()
+            ends = torch.log(torch.tensor([1.0, 8.0]))
+            m.a = torch.linspace(ends[0], ends[1], 6) - torch.ones(6)
+            m.b = torch.logspace(ends[0], 2, 4) * torch.arange(4, device="cpu")
+            m.c = torch.linspace(0, ends[1], 3, device="meta")
+            m.d = torch.full((2,), ends[1]) + torch.arange(ends[0], 2)
+            return m
+
+        self.check(f)
+
     def test_a_constructor_that_runs_what_it_builds(self):
         def f():
             m = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()

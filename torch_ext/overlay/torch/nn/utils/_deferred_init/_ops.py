@@ -203,6 +203,8 @@ class Ops:
     ) -> Any:
         written = op.written(args, kwargs)
         tensors = list(tensors_in((*args, *kwargs.values())))
+        if op.name in ("linspace", "logspace") and kwargs.get("device") == META:
+            kwargs = {**kwargs, "device": self.device}  # factories, as in _make
         device = kwargs.get("device") or _device_of(tensors)
         on_meta = {k: _map(_shape, v) for k, v in kwargs.items() if k != "generator"}
         if op.device:
