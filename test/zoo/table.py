@@ -63,14 +63,13 @@ def _exceptions(found: Found) -> Iterator[str]:
 
 
 def _wrong(name: str, result: dict[str, str]) -> Iterator[str]:
-    stock, patched = (
-        kind(result.get(way, "ok")) for way in (zoo.STOCK[0], zoo.META[0])
-    )
     for way in zoo.META[1:] + zoo.DEFERRED:
         if kind(result[way]) != "right":
             yield f"`{name}`, {way}: {result[way]}"
-    if patched == "raised" != stock or (patched == "left" and stock == "right"):
-        yield f"`{name}`, {stock} in stock's context and {patched} in the patched one: {result[zoo.META[0]]}"
+    ways = zoo.STOCK[0], zoo.META[0]
+    stock, patched = (kind(result[w]) if w in result else "unknown" for w in ways)
+    if (stock, patched) in [("right", "left"), ("right", "raised"), ("left", "raised")]:
+        yield f"`{name}`, {stock} in stock's context and {patched} in the patched one: {result[ways[1]]}"
     for way, what in result.items():
         if what.startswith("died"):
             yield f"`{name}`, {way}: {what}"
