@@ -14,12 +14,14 @@ TYPED := $(PY) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abs
 demo: $(VENV)/installed
 	$(PY) -m torch_ext demo $(ARGS)
 
-# The suite runs twice, grafted and in a tree; at the same time, since there mostly are two cores.
+# The suite runs twice, grafted and in a tree; at the same time, since there mostly are two cores. In a tree without the
+# tests of several ranks, which take as long as all others: the code is the same, and a tree's children are tested.
 test: lint types
 	$(MAKE) --jobs=2 --output-sync=target test-graft test-tree
 
 test-slow: $(VENV)/installed
 	$(PY) -m pytest -m slow --timeout 3600 --ignore test/zoo $(ARGS)
+	$(RUN) --tree -- $(PY) -m pytest test/distributed $(ARGS)
 	$(MAKE) test-zoo
 
 # The models of timm, torchvision and diffusers, too. NB: next to a torch without CUDA, the torchvision that pip finds
@@ -41,7 +43,7 @@ test-graft: $(VENV)/installed
 	$(PY) -m pytest $(ARGS)
 
 test-tree: $(VENV)/installed
-	$(RUN) --tree -- $(PY) -m pytest $(ARGS)
+	$(RUN) --tree -- $(PY) -m pytest --ignore test/distributed $(ARGS)
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
