@@ -135,7 +135,8 @@ class TestSeries(TestCase):
         from torch_ext._seam import read_seams
 
         seams = read_seams(torch_ext.series[0].root / "seams")
-        self.assertEqual({s.patch for s in seams}, {p.name for p in torch_ext.series})
+        names = {p.name for p in torch_ext.series}
+        self.assertLessEqual({s.patch for s in seams}, names)
 
     def test_new_files_never_import_torch_ext(self):
         for patch in torch_ext.series:
