@@ -329,15 +329,17 @@ class TestDTensor(ReuseTensorsTestCase):
             self.assertIs(type(seen.data), type(tensor.data))
             self.assertEqual(seen.full_tensor(), tensor.full_tensor())
 
-    def test_mixed_with_plain_ones_fails_as_the_copying_load_does(self):
-        state_dict = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).state_dict()
+    def test_into_a_plain_module_fails_as_the_copying_load_does(self):
+        state_dict = self.distributed(0).state_dict()
 
         def error_of(**kwargs):
             try:
-                self.distributed(0).load_state_dict(state_dict, **kwargs)
+                plain = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+                plain.load_state_dict(state_dict, **kwargs)
             except RuntimeError as e:
                 return str(e)
 
+        self.assertIn("mixed torch.Tensor and DTensor", error_of())
         self.assertEqual(error_of(reuse_tensors=True), error_of())
 
 
