@@ -280,7 +280,7 @@ def memory_of(ref: Ref, made: Tensor) -> torch.UntypedStorage:
     if made.numel():
         ref.tensor(storage).copy_(made)
     else:  # NB: of batch_norm in eval mode, meta kernels make statistics, and CPU's don't.
-        storage.fill_(0)
+        storage.fill_(0)  # type: ignore[attr-defined]
     return storage
 
 
