@@ -38,9 +38,10 @@ class _Watch(MetaPathFinder):
 
         def exec_module(module: types.ModuleType) -> None:
             execute(module)
-            then = self.wanted.pop(spec.name, None)
+            then = self.wanted.get(spec.name)
             if then is not None:
                 then()
+                self.wanted.pop(spec.name, None)
 
         # NB: on the loader itself, of which others ask more than this, and by its type.
         loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -169,7 +169,11 @@ any code, so that a file that is bad on one rank is an error of all.""",
 A module constructor that names a device escapes `with torch.device("meta")`
 and allocates and initializes memory that nobody asked for. On meta, and only
 there, the context now overrides an explicit device of factory functions.""",
-        files=("torch/utils/_device_constants.py", "torch/utils/_device_meta.py"),
+        files=(
+            "torch/utils/_device_constants.py",
+            "torch/utils/_device_memory.py",
+            "torch/utils/_device_meta.py",
+        ),
         tests=(
             "test/utils/device_factories.py",
             "test/utils/test_device_context_constants.py",

@@ -207,6 +207,34 @@ class TestDeferredInit(DeferredTestCase):
         self.assertIs(module.c, outer)
         self.assertEqual(module.a.data_ptr(), outer.data_ptr())
 
+    def test_memory_that_an_array_shares(self):
+        def f():
+            m = nn.Module()
+            a = torch.zeros(3)
+            seen = a.numpy()
+            a.add_(1)
+            seen[0] = 9
+            data = np.zeros(3)
+            torch.as_tensor(data).fill_(3)
+            torch.from_numpy(data)[1] = 7
+            m.register_buffer("a", a)
+            m.read = [seen.tolist(), data.tolist()]
+            return m
+
+        self.check(f)
+        self.assertEqual(self.deferred(f).read, f().read)
+
+    def test_ops_on_lists(self):
+        def f():
+            m = nn.Module()
+            m.register_buffer("a", torch.ones(3))
+            m.register_buffer("b", torch.zeros(2))
+            torch._foreach_add_([m.a, m.b], 2)
+            torch._foreach_mul_([m.a, m.b], [2.0, 3.0])
+            return m
+
+        self.check(f)
+
     def test_a_real_tensor_that_is_written_to_later(self):
         large = torch.rand(1 << 19)
         module = nn.Module()

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import unittest
 from pathlib import Path
 from unittest import mock
 
@@ -100,6 +101,7 @@ torch.nn.utils._convert""",
     def test_graft_and_tree_have_equal_code_objects(self):
         self.check_equal_code([p for p in self.series if p.name in GRAFTED])
 
+    @unittest.skipIf("TORCH_EXT_TREE" in os.environ, "a tree has nothing to graft")
     def test_graft_and_tree_of_the_series_have_equal_code_objects(self):
         self.check_equal_code(_queue.select())
 

@@ -1,6 +1,8 @@
 # Owner(s): ["module: python frontend"]
 """What a block of the meta device tells of constants is the truth; see torch/utils/_device_constants.py."""
 
+import copy
+
 import numpy as np
 import torch
 from device_factories import by_name, CONSTANTS
@@ -185,12 +187,82 @@ class TestConstants(TestCase):
                 constant[0].item()
         self.assertEqual(torch.get_rng_state(), state)
 
-    def test_a_swapped_constant_has_no_stale_value(self):
-        with torch.device("meta"):
+    def test_a_constant_takes_its_value_along(self):
+        def read():
             one, two = torch.zeros(2, device="cpu"), torch.ones(2, device="cpu")
             torch.utils.swap_tensors(one, two)
-            with self.assertRaises(RuntimeError):
-                one[0].item()
+            three = torch.full((2,), 3.0, device="cpu")
+            alias, three.data = three.view(2), two
+            return one.tolist(), three.tolist(), alias.tolist()
+
+        self.check(read)
+
+    def test_a_real_tensor_takes_constants(self):
+        def read():
+            with torch.device("cpu"):
+                real, indexed, summed = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+            constant = torch.ones(3, device="cpu")
+            real += constant
+            indexed[torch.tensor([2], device="cpu")] = 5
+            torch._foreach_add_([summed, constant], 1)
+            self.assertIs(real.add_(constant), real)
+            return [t.tolist() for t in (real, indexed, summed, constant)]
+
+        self.check(read)
+
+    def test_copies(self):
+        def read():
+            module = nn.BatchNorm1d(3, device="cpu")
+            module.register_buffer("steps", torch.linspace(0, 1, 3, device="cpu"))
+            clones = [copy.deepcopy(module) for _ in range(2)]
+            clones[0].steps.add_(1)
+            return [[t.tolist() for t in m.buffers()] for m in (module, *clones)]
+
+        self.check(read)
+        with torch.device("meta"):
+            constant = torch.zeros(4, device="cpu")
+            one, other = copy.deepcopy([constant, constant[:2]])
+            one.fill_(5)
+            with self.assertRaisesRegex(RuntimeError, "meta"):
+                other[0].item()  # on meta the copies are apart
+            self.assertEqual(constant.tolist(), [0, 0, 0, 0])
+
+    def test_moved_to_meta_it_is_a_copy_and_unknown(self):
+        with torch.device("meta"):
+            constant, weight = torch.zeros(3, device="cpu"), torch.empty(3)
+            for copied in (
+                constant.to("meta"),
+                constant.to(weight.device),
+                constant.to(weight),
+                torch.as_tensor(constant, device="meta"),
+            ):
+                copied += 1
+                self.assertEqual(constant.tolist(), [0, 0, 0])
+                with self.assertRaisesRegex(RuntimeError, "meta"):
+                    copied[0].item()
+
+    def test_errors_stay_errors(self):
+        with torch.device("meta"):
+            leaf = torch.ones(3, device="cpu", requires_grad=True)
+            with self.assertRaisesRegex(RuntimeError, "leaf"):
+                leaf.add_(1)
+            with self.assertRaises((RuntimeError, TypeError)):
+                leaf.numpy()
+            self.assertEqual(leaf.tolist(), [1, 1, 1])
+            quantized = torch.quantize_per_tensor(
+                torch.ones(3, device="cpu"), 0.1, 0, torch.qint8
+            )
+            with self.assertRaises((RuntimeError, NotImplementedError)):
+                quantized.dequantize().tolist()
+
+    def test_function_transforms(self):
+        with torch.device("meta"):
+            constant = torch.ones(3, device="cpu")
+            self.assertTrue(torch.vmap(lambda x: x * 2)(torch.empty(3)).is_meta)
+            self.assertTrue(
+                torch.func.grad(lambda x: (x * x).sum())(torch.empty(3)).is_meta
+            )
+            self.assertEqual(constant.tolist(), [1, 1, 1])
 
     @parametrize(
         "compute",

@@ -27,6 +27,7 @@ _GO_ON = "all are here"
 _MOST_CHARACTERS = 4000
 _LONGEST_PAUSE = 0.2  # seconds between two looks at the store
 _meetings: list[_Meeting] = []
+_will_tell: list[Any] = []  # stores that are told when this process ends
 
 
 class RankError(RuntimeError):
@@ -61,7 +62,9 @@ class fail_together:
 
     def __enter__(self) -> None:
         ranks = dist.get_process_group_ranks(self._group) if _is_initialized() else []
-        _meetings.append(_Meeting(ranks))
+        meeting = _Meeting(ranks)
+        meeting.begin()
+        _meetings.append(meeting)
 
     def __exit__(
         self,
@@ -69,7 +72,7 @@ class fail_together:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _meetings.pop().agree(error)
+        _meetings.pop().end(error)
 
 
 def agree(ranks: Sequence[int], error: BaseException | None = None) -> None:
@@ -84,8 +87,13 @@ def agree(ranks: Sequence[int], error: BaseException | None = None) -> None:
             default process group
     """
     # NB: who failed before it came here says so at the end of the context.
+    meeting_of(ranks).agree(error)
+
+
+def meeting_of(ranks: Sequence[int]) -> _Meeting:
+    """Where ``ranks`` agree: the innermost context that all of them are in, or a meeting of their own."""
     around = [meeting for meeting in _meetings if meeting.ranks.issuperset(ranks)]
-    (around[-1] if around else _Meeting(ranks)).agree(error)
+    return around[-1] if around else _Meeting(ranks)
 
 
 def note(error: BaseException) -> None:
@@ -95,11 +103,13 @@ def note(error: BaseException) -> None:
     # NB: whatever the store says, what failed is what the caller has to see.
     with suppress(Exception):
         store, rank = _store(), dist.get_rank()
-        failures = _Log(store, "failures")
-        failures.append(f"{rank} {_describe(error)}")
-        # Runs at the end of any process, those of multiprocessing too.
-        ends = _Log(store, "ends")
-        multiprocessing.util.Finalize(None, ends.append, (str(rank),), exitpriority=0)
+        _Log(store, "failures").append(f"{rank} {_describe(error)}")
+        default = dist.distributed_c10d._get_default_store()
+        if not any(told is default for told in _will_tell):
+            _will_tell[:] = [default]
+            # Runs at the end of any process, those of multiprocessing too.
+            end = _Log(store, "ends").append
+            multiprocessing.util.Finalize(None, end, (str(rank),), exitpriority=0)
 
 
 class _Meeting:
@@ -107,38 +117,62 @@ class _Meeting:
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = frozenset(ranks)
+        self._context: str | None = None
+        self._count = 0
+
+    def _counts(self) -> bool:
+        """Whether this rank has a vote, and others too."""
+        return (
+            len(self.ranks) > 1 and _is_initialized() and dist.get_rank() in self.ranks
+        )
+
+    def begin(self) -> None:
+        """Those that agree until :meth:`end` are in a context, which may fail as a whole."""
+        if self._counts():
+            self._context = _next_name(self.ranks)
+
+    def end(self, error: BaseException | None) -> None:
+        """Agree for the last time, whatever was agreed on before."""
+        if self._context is not None and _is_initialized():
+            _decide(_Ballot(self.ranks, self._context), error)
 
     def agree(self, error: BaseException | None) -> None:
         """See :func:`agree`."""
-        if len(self.ranks) < 2 or not _is_initialized():
+        if not self._counts():
             return
-        # NB: what they agreed on already comes out of the context, too.
-        if getattr(error, "_known_to", None) == self.ranks:
-            return
-        try:
-            ballot = _Ballot(self.ranks)
-            if error is None:
-                ballot.vote()
-        except RankError as failure:
-            failure._known_to = self.ranks  # type: ignore[attr-defined]
-            raise
-        if error is not None:
-            error._known_to = self.ranks  # type: ignore[attr-defined]
-            with suppress(Exception):
-                ballot.veto(dist.get_rank(), f"failed: {_describe(error)}")
+        if self._context is None:
+            _decide(_Ballot(self.ranks, _next_name(self.ranks)), error)
+        else:
+            self._count += 1
+            name = f"{self._context}/{self._count}"
+            _decide(_Ballot(self.ranks, name, self._context), error)
+
+
+def _next_name(ranks: frozenset[int]) -> str:
+    # NB: counted by who votes, since another one may be ahead by a failure.
+    name = "_".join(map(str, sorted(ranks)))
+    return f"{name}/{_store().add(f'{name}/turns of {dist.get_rank()}', 1)}"
+
+
+def _decide(ballot: _Ballot, error: BaseException | None) -> None:
+    if error is None:
+        ballot.vote()
+        return
+    with suppress(Exception):
+        ballot.veto(dist.get_rank(), f"failed: {_describe(error)}")
 
 
 class _Ballot:
     """One decision: to go on, by the last rank that comes, or not to, by the first one that fails."""
 
-    def __init__(self, ranks: frozenset[int]) -> None:
+    def __init__(
+        self, ranks: frozenset[int], name: str, around: str | None = None
+    ) -> None:
         self._store = _store()
         self._ranks = sorted(ranks)
         self._me = dist.get_rank()
-        name = "_".join(map(str, self._ranks))
-        # NB: counted by who votes, since another one may be ahead by a failure.
-        turn = self._store.add(f"{name}/turns of {self._me}", 1)
-        self._name = f"{name}/{turn}"
+        self._name = name
+        self._around = around and f"{around}/decision"
         self._decision = f"{self._name}/decision"
         self._failures = _Log(self._store, "failures")
         self._ends = _Log(self._store, "ends")
@@ -151,7 +185,14 @@ class _Ballot:
             store.set(f"{self._name}/{self._me}", "here")
             if store.add(f"{self._name}/votes", 1) == len(self._ranks):
                 store.compare_set(self._decision, "", _GO_ON)
-            self._wait()
+            try:
+                self._wait()
+            except dist.DistError:
+                raise
+            except BaseException as error:  # say, of a signal's handler
+                with suppress(Exception):
+                    self.veto(self._me, f"failed: {_describe(error)}")
+                raise
             decision = store.get(self._decision).decode()
         except dist.DistError as lost:
             self._lost(lost)
@@ -166,6 +207,10 @@ class _Ballot:
         seconds = self._store.timeout.total_seconds()
         deadline, pause = time.monotonic() + seconds, 0.001
         while not self._store.check([self._decision]):
+            if self._around is not None and self._store.check([self._around]):
+                text = self._store.get(self._around).decode()
+                self._store.compare_set(self._decision, "", text)
+                continue
             self._look_for_failures()
             if time.monotonic() > deadline:
                 for rank in filter(self._is_missing, self._ranks):

@@ -14,12 +14,14 @@ Limit: a write that no function mode sees (C++, ``torch.jit.script``) makes the 
 an alias that counts its writes on its own, as ``.data`` does: then it is missed.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._device_memory import is_plain, is_wrapped, Memory, UnknownError
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
@@ -39,58 +41,13 @@ _IMMUTABLE = frozenset(
 _HARMLESS = _IMMUTABLE | {slice, type(...)}
 
 
-class _UnknownError(Exception):
-    """A value is needed that is not known."""
+_ARRAYS = ("numpy", "__array__")
 
 
-class _Memory:
-    """A storage on meta, and the real one that stock would have.
-
-    Attributes:
-        meta: a tensor that keeps the storage alive and counts the writes to it.
-        recipe: how to make the real tensor, as long as that was not needed.
-        shift: where in the real storage the other one begins, in bytes.
-    """
-
-    __slots__ = ("meta", "real", "recipe", "shift", "version")
-
-    def __init__(self, meta: Tensor, recipe: tuple[Function, Args, Kwargs] | None):
-        self.meta = meta
-        self.recipe = recipe
-        self.real: torch.UntypedStorage | None = None
-        self.shift = 0
-        self.version = 0
-
-    def make(self) -> torch.UntypedStorage:
-        # NB: kept once made: an array that `numpy()` handed out shares this memory, so
-        # that what is written to it shows in what is read later.
-        if self.real is None:
-            assert self.recipe is not None
-            func, args, kwargs = self.recipe
-            with torch.no_grad():
-                self.take(func(*args, **kwargs))
-            self.recipe = None
-        assert self.real is not None
-        return self.real
-
-    def take(self, real: Any) -> None:
-        """Let ``real`` be what :attr:`meta` would be."""
-        meta = self.meta
-        if not _is_plain(real) or real.is_meta or real.shape != meta.shape:
-            raise _UnknownError
-        if real.stride() != meta.stride():
-            real = torch.empty_like(meta, device=real.device).copy_(real)
-        self.real = real.untyped_storage()
-        # NB: `as_tensor` may have returned a part of another tensor.
-        self.shift = int(real.storage_offset()) * real.itemsize
-        self.shift -= int(meta.storage_offset()) * meta.itemsize
-
-    def view(self, like: Tensor) -> Tensor:
-        """Return of the real storage the view that ``like`` is of the one on meta."""
-        real = self.make()
-        offset = like.storage_offset() + self.shift // like.itemsize
-        view = torch.empty(0, dtype=like.dtype, device=real.device)
-        return view.set_(real, offset, like.size(), like.stride())
+@functools.cache
+def _moves() -> frozenset[Function]:
+    """What returns its argument where that is on the right device already."""
+    return frozenset((Tensor.to, torch.as_tensor, torch.asarray))
 
 
 class _Call:
@@ -105,7 +62,7 @@ class _Call:
         self.versions = list(map(_version, self.tensors))
         self.values: dict[int, Tensor] = {}
         # NB: the call may change what of the storage a tensor is a view of.
-        if sum(t.nbytes for t in self.tensors) <= _SMALL:
+        if sum(map(constants.size, self.tensors)) <= _SMALL:
             values = map(constants.value, self.tensors)
             pairs = zip(self.tensors, values, strict=True)
             self.values = {id(t): v for t, v in pairs if not v.is_meta}
@@ -114,6 +71,17 @@ class _Call:
         """The tensors that were written to since this was made."""
         pairs = zip(self.tensors, self.versions, strict=True)
         return [t for t, version in pairs if _version(t) != version]
+
+    def has_real(self) -> bool:
+        """Whether real tensors take part."""
+        return any(not t.is_meta for t in self.tensors)
+
+    def goes_to_meta(self) -> bool:
+        """Whether the call moves its tensor to the meta device without the block, too."""
+        try:
+            return bool(self.repeat().is_meta)
+        except Exception:
+            return False
 
     def is_known(self) -> bool:
         """Whether the values of all arguments are known."""
@@ -124,8 +92,6 @@ class _Call:
 
     def repeat(self) -> Any:
         """Make the call on what values are known, and return what it returns."""
-        if any(not t.is_meta for t in self.written()):  # once is enough
-            raise _UnknownError
         args, kwargs = tree_map_only(
             Tensor, lambda t: self.values.get(id(t), t), (self.args, self.kwargs)
         )
@@ -137,7 +103,7 @@ class _Call:
             drawn = not torch.equal(generator.get_state(), before)
             generator.set_state(before)
         if drawn:
-            raise _UnknownError
+            raise UnknownError
         return real
 
 
@@ -149,7 +115,9 @@ class Constants:
     """
 
     def __init__(self) -> None:
-        self.known: dict[int, _Memory] = {}
+        self.known: dict[int, Memory] = {}
+        # By memo and memory, the memo and the copies that were made with it.
+        self._copies: dict[tuple[int, int], list[Any]] = {}
 
     def add(self, made: Any, func: Function, args: Args, kwargs: Kwargs) -> None:
         """Remember that ``made`` would have been ``func(*args, **kwargs)``."""
@@ -163,7 +131,7 @@ class Constants:
         if made.layout is not torch.strided:
             return
         kwargs["dtype"] = made.dtype  # the default one may be another by then
-        memory = _Memory(made, (func, args, kwargs))
+        memory = Memory(made, (func, args, kwargs))
         if not (all_immutable(args) and all_immutable(kwargs.values())):
             # The caller may change the data that this is made of.
             if made.nbytes > _SMALL:
@@ -172,7 +140,7 @@ class Constants:
             try:
                 with torch._C.DisableTorchFunction():
                     memory.make()
-            except (RuntimeError, NotImplementedError, _UnknownError):
+            except (RuntimeError, NotImplementedError, UnknownError):
                 return
         self.known[made.untyped_storage()._cdata] = memory
 
@@ -180,7 +148,9 @@ class Constants:
         """Call ``func``, which tells Python the values of tensors, with the real ones where they are known."""
         if self.known:
             with torch._C.DisableTorchFunction():
-                args = self._values(args)
+                # NB: what requires a gradient gives no array.
+                if func.__name__ not in _ARRAYS or not args[0].requires_grad:
+                    args = self._values(args)
         return func(*args, **kwargs)
 
     def _values(self, value: Any) -> Any:
@@ -206,31 +176,68 @@ class Constants:
                 known = self._knows_any((*args, *kwargs.values()))
         if not known:
             return func(*args, **kwargs)
+        if func.__name__ == "__deepcopy__":
+            return self._deepcopy(func, *args)
         with torch._C.DisableTorchFunction():
             call = _Call(func, args, really, self)
+        if call.has_real() and call.is_known():
+            # NB: on meta, `real.add_(constant)` does nothing, and raises nothing.
+            with torch._C.DisableTorchFunction():
+                return self._instead(call)
         try:
             made = func(*args, **kwargs)
         except Exception:
-            with torch._C.DisableTorchFunction(), suppress(_UnknownError):
+            if any(t.requires_grad for t in call.tensors):  # as of a leaf
+                raise
+            with torch._C.DisableTorchFunction(), suppress(UnknownError):
                 if call.is_known():
-                    real = call.repeat()
-                    self._keep(call.written())
-                    return tree_map_only(Tensor, self._stand_in, real)
+                    return self._instead(call)
                 with suppress(Exception):  # a known size or index of unknown tensors
                     call.kwargs = kwargs
                     return call.repeat()
             raise
+        if func in _moves():
+            with torch._C.DisableTorchFunction():
+                if made.is_meta and self._memory(made) and call.goes_to_meta():
+                    return torch.empty_like(made, requires_grad=made.requires_grad)
         with torch._C.DisableTorchFunction():
             written, leaves = call.written(), tree_leaves(made)
             if written or any(map(self._is_new, leaves)):
                 try:
                     if not call.is_known():
-                        raise _UnknownError
+                        raise UnknownError
                     self._learn(leaves, tree_leaves(call.repeat()))
                     self._keep(written)
                 except Exception:
                     self._forget(written)
         return made
+
+    def _deepcopy(self, func: Function, tensor: Tensor, memo: dict[int, Any]) -> Any:
+        made = func(tensor, memo)
+        with torch._C.DisableTorchFunction():
+            memory = self._memory(tensor)
+            if memory is None or not self._is_new(made):
+                return made
+            # NB: on meta, copies of what shares memory do not, so what is written to one is not known of the others.
+            copies = self._copies.setdefault((id(memo), id(memory)), [memo])
+            copies.append(made.detach())
+            if len(copies) > 2:
+                self._forget(copies[1:])
+                return made
+            with suppress(UnknownError):
+                self._learn([made], [self.value(tensor).clone()])
+        return made
+
+    def _instead(self, call: _Call) -> Any:
+        """Make a call on the values alone, and return what stands for what it returns."""
+        own = {id(call.values[id(t)]): t for t in call.tensors}
+        real = call.repeat()
+        self._keep(call.written())
+        return tree_map_only(
+            Tensor,
+            lambda t: own.get(id(t)) if id(t) in own else self._stand_in(t),
+            real,
+        )
 
     def _knows_any(self, values: Iterable[Any]) -> bool:
         for value in values:
@@ -238,6 +245,7 @@ class Constants:
                 if (
                     value.is_meta
                     and value.layout is torch.strided
+                    and not is_wrapped(value)
                     and value.untyped_storage()._cdata in self.known
                 ):
                     return True
@@ -245,16 +253,15 @@ class Constants:
                 return True
         return False
 
-    def _memory(self, value: Tensor) -> _Memory | None:
+    def _memory(self, value: Tensor) -> Memory | None:
         """What is known of the memory of ``value``."""
-        if not (value.is_meta and _is_plain(value)):
+        if not (value.is_meta and is_plain(value)):
             return None
         address = value.untyped_storage()._cdata
         memory = self.known.get(address)
-        # NB: tensors can swap what they are.
-        if memory is None or memory.meta.untyped_storage()._cdata != address:
+        if memory is None or memory.meta._version != memory.version:
             return None
-        return memory if memory.meta._version == memory.version else None
+        return memory
 
     def value(self, tensor: Tensor) -> Tensor:
         """The real tensor that ``tensor`` stands for, or itself."""
@@ -264,11 +271,17 @@ class Constants:
         except Exception:  # as where there is no such device
             return tensor
 
+    def size(self, tensor: Tensor) -> int:
+        """How many bytes have to be there to compute with ``tensor``."""
+        if self._memory(tensor) is None:
+            return 0
+        return tensor.untyped_storage().nbytes()
+
     def _is_new(self, value: Any) -> bool:
         return (
             isinstance(value, Tensor)
             and value.is_meta
-            and _is_plain(value)
+            and is_plain(value)
             and value.untyped_storage()._cdata not in self.known
         )
 
@@ -276,7 +289,7 @@ class Constants:
         """Remember the tensors in ``real`` as the values of those in ``made``."""
         for meta, value in zip(made, real, strict=True):
             if self._is_new(meta) and meta.nbytes <= _SMALL:
-                memory = _Memory(meta, None)
+                memory = Memory(meta, None)
                 memory.take(value)
                 memory.version = meta._version
                 self.known[meta.untyped_storage()._cdata] = memory
@@ -295,7 +308,7 @@ class Constants:
 
     def _stand_in(self, real: Tensor) -> Tensor:
         """What to hand out instead of ``real``."""
-        if real.is_meta or not _is_plain(real):
+        if real.is_meta or not is_plain(real):
             return real
         storage = real.untyped_storage()
         for memory in self.known.values():
@@ -315,14 +328,6 @@ def is_alone() -> bool:
     """Whether no other mode sees the calls that are made here."""
     return not (
         torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and not (value.is_conj() or value.is_neg() or value.is_inference())
     )
 
 

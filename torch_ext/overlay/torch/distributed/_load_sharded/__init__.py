@@ -119,9 +119,10 @@ class Sharding:
     def agree(self, error: BaseException | None = None) -> None:
         """See the protocol; once a load, since the ranks meet once."""
         groups, self._groups = self._groups, []
-        for ranks in groups:
+        # NB: in a context that holds several of them, the groups meet as one.
+        for meeting in dict.fromkeys(map(errors.meeting_of, groups)):
             try:
-                errors.agree(ranks, error)
+                meeting.agree(error)
             except errors.RankError as failure:
                 error = error or failure
         if isinstance(error, errors.RankError):

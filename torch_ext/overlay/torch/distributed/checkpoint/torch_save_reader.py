@@ -269,8 +269,11 @@ def _blocks(
     if span * piece.itemsize <= _AT_ONCE:
         yield target, piece
         return
-    dim = steps.index(max(steps))
+    # NB: not the largest step, since strides may overlap.
+    reach = [step * (n - 1) for step, n in zip(steps, piece.size(), strict=True)]
+    dim = reach.index(max(reach))
     rows = max(1, _AT_ONCE // (steps[dim] * piece.itemsize))
+    rows = min(rows, -(-piece.size(dim) // 2))
     parts = target.split(rows, dim), piece.split(rows, dim)
     for block, part in zip(*parts, strict=True):
         yield from _blocks(block, part)

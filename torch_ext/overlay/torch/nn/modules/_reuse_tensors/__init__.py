@@ -81,7 +81,12 @@ def load_state_dict(
     is_mapping = isinstance(state_dict, Mapping)
     metadata = getattr(state_dict, "_metadata", None)
     if is_mapping and type(state_dict) not in (dict, OrderedDict):
-        state_dict = OrderedDict(state_dict)
+        try:
+            state_dict = OrderedDict(state_dict)
+        except BaseException as error:
+            if (sharding := sharding_of(module)) is not None:
+                sharding.agree(error)
+            raise
     planned = plan_plain(module, state_dict) if is_mapping else None
     if planned is not None:
         plan, missing = planned

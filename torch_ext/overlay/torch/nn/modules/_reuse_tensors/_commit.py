@@ -163,8 +163,8 @@ def _do(
         # NB: what has the state dict's memory already may have it from an earlier move.
         if how is not SAME or id(target) not in plan.outcome:
             plan.outcome[id(target)] = how
-    _agree(plan, back_up)
     _exchange_impls(new, undo)
+    _agree(plan, back_up)
     _write_and_exchange(written, old, undo, back_up)
 
 

@@ -62,7 +62,7 @@ def make(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
     if made.layout is not torch.strided or made.is_quantized or made.is_nested:
         return make_unplain(recorder, func, args, kwargs)
     device = recorder.real_device(device)
-    if func in _whole_fills():
+    if func in _whole_fills() and not kwargs.get("pin_memory"):
         # NB: under meta_init only values matter, and nobody writes so much number by number to read it.
         if ops.tape.random or made.nbytes <= _SMALL:
             fill_with = _whole_fills()[func]
@@ -129,7 +129,8 @@ def make_of_values(
         real = func(*map(ops.value, args), **kwargs)
     if not is_plain(real):
         return real
-    made = ops.adopt(real)
+    # NB: as_tensor() and asarray() of an array share its memory.
+    made = ops.adopt(real, shared=func not in (torch.tensor, torch.scalar_tensor))
     return made.requires_grad_() if leaf else made
 
 
@@ -210,6 +211,7 @@ def fill(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
     if draws and tape.random:
         recorder.ops.draw(node, func.__name__, ref)
     node.touch((slot, FRESH if ref.is_whole() else WRITE))
+    recorder.ops.write_through(node)
     return target
 
 

@@ -76,10 +76,12 @@ class Ops:
             self.storages.append(storage)
         attach(storage, filled)
 
-    def adopt(self, real: Tensor) -> Tensor:
-        """A tensor on meta that stands for ``real``, whose memory it will have."""
+    def adopt(self, real: Tensor, shared: bool = False) -> Tensor:
+        """A tensor on meta that stands for ``real``, whose memory it will have, and may share with an array."""
         storage = real.untyped_storage()
         twin = self.twin(storage)
+        if shared:
+            slot_on(twin, self.tape, storage.device).shared = True
         meta = torch.empty(0, dtype=real.dtype, device=META)
         meta.set_(twin, real.storage_offset(), real.size(), real.stride())
         if real.is_conj():
@@ -108,6 +110,7 @@ class Ops:
                 return value
             replay((slot,), handed_over)
             if handed_over:  # and may come back
+                slot.shared = True
                 storage = value.untyped_storage()
                 self.twins[slot.memory()._cdata] = (storage, slot.memory())
             with reality():
@@ -137,26 +140,27 @@ class Ops:
         tensors = list(tensors_in((*args, *kwargs.values())))
         known = [t for t in tensors if is_plain(t) and slot_of(t) is not None]
         if not all(is_plain(t) for t in tensors):
-            call = self.execute if known else _call
-            return call(op, func, args, kwargs)
+            if not known:
+                return func(*args, **kwargs)
+            return self.execute(op, func, args, kwargs)
         real = [t for t in tensors if not t.is_meta]
         # NB: meta kernels make plain tensors of what is to be quantized.
         if "quantize" in op.name or "affine" in op.name:
             return self.execute(op, func, args, kwargs)
         if op.name == "set_":
-            return self._set(func, args, kwargs)
+            # The storage is what carries the history.
+            return func(*self.with_twin(args, kwargs), **kwargs)
         if op.name in ("lift_fresh", "lift") and real:
-            return self.adopt(args[0])
+            return self.adopt(args[0], shared=True)  # from_numpy
         if not known and not real:
             return self._make(op, func, args, kwargs, tensors)
         if len(known) + len(real) < len(tensors):
             return self._poison(op, func, args, kwargs)
-        if op.tells or any(not t.is_meta for t in op.written(args, kwargs)):
+        # NB: how much a random op draws may depend on what it writes to.
+        draws_by_value = op.random and op.writes and not op.fills
+        written = op.written(args, kwargs)
+        if op.tells or draws_by_value or any(not t.is_meta for t in written):
             return self.execute(op, func, args, kwargs)
-        if op.random and op.writes and not op.fills:
-            return self.execute(
-                op, func, args, kwargs
-            )  # how much it draws depends on what it writes to
         if op.views or op.name == "resize_":
             return self._view(func, args, kwargs)
         return self._record(op, func, args, kwargs)
@@ -265,6 +269,13 @@ class Ops:
         if op.random:
             self.draw(node, op.name, refs[0])
         node.touch(*kinds.items())
+        self.write_through(node)
+
+    def write_through(self, node: Node) -> None:
+        """Do now what ``node`` writes to memory that others see."""
+        seen = [s for s, kind in node.touched if s.shared and kind is not READ]
+        if seen:
+            replay(seen, handed_over=True)
 
     def draw(self, node: Node, name: str, ref: Ref) -> None:
         """Record that ``node`` draws for ``ref``."""
@@ -307,6 +318,8 @@ class Ops:
                 raise
             made = func(*args, **kwargs)
         if written:
+            if made is None:
+                return None
             return written[0] if isinstance(made, Tensor) else tuple(written)
         return _map(self._adopt_plain, made)
 
@@ -339,15 +352,6 @@ class Ops:
                 node.touch((slot, WRITE))
         return made
 
-    def _set(
-        self,
-        func: "OpOverload[..., Any]",
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """``t.set_(source, ...)``: the storage is what carries the history."""
-        return func(*self.with_twin(args, kwargs), **kwargs)
-
     def with_twin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
         """The arguments of ``set_`` with a source that is on meta as the target is."""
         target, *rest = args
@@ -364,10 +368,6 @@ class Ops:
         if isinstance(value, Tensor) and not value.is_meta:
             return self.adopt(value)
         return value
-
-
-def _call(op: Op, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    return func(*args, **kwargs)
 
 
 def encode(value: Any) -> Any:

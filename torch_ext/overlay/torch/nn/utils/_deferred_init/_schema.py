@@ -65,7 +65,8 @@ class Op:
         for name in self.writes:
             place = self.places[name]
             found.append(args[place] if place < len(args) else kwargs.get(name))
-        return [t for t in found if t is not None]
+        flat = (t if isinstance(t, (list, tuple)) else [t] for t in found)
+        return [t for some in flat for t in some if t is not None]
 
 
 @functools.lru_cache(None)

@@ -23,7 +23,7 @@ READ, WRITE, FRESH = range(3)  # FRESH: every byte is written and none is read
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
-_NAME = "_deferred_init_slot"
+NAME = "_deferred_init_slot"
 
 
 class Slot:
@@ -35,10 +35,11 @@ class Slot:
         device: where eager construction would have put it.
         real: the memory, once there is some: up to date but for ``events``.
         events: ``(index, READ | WRITE | FRESH, node)`` of what is still to be done, in program order.
+        shared: whether somebody who is not recorded sees the memory, so that what is written to it is written at once.
         moved: where tensors that were materialized find it, if that is not ``real``.
     """
 
-    __slots__ = ("device", "events", "moved", "nbytes", "real", "tape")
+    __slots__ = ("device", "events", "moved", "nbytes", "real", "shared", "tape")
 
     def __init__(self, tape: "Tape", nbytes: int, device: torch.device) -> None:
         self.tape = tape
@@ -47,6 +48,7 @@ class Slot:
         self.real: torch.UntypedStorage | None = None
         self.events: list[tuple[int, int, Node]] = []
         self.moved: dict[Any, torch.UntypedStorage] = {}
+        self.shared = False
 
     def memory(self) -> torch.UntypedStorage:
         """The memory; if there is none yet, some that is not initialized, as ``torch.empty`` gives it."""
@@ -60,7 +62,7 @@ class Slot:
 def mark_of(tensor: Tensor) -> "Slot | Filled | None":
     """What stands for the memory of ``tensor``: its slot, or one to be."""
     try:
-        return tensor.untyped_storage().__dict__.get(_NAME)
+        return tensor.untyped_storage().__dict__.get(NAME)
     except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
         return None
 
@@ -75,20 +77,20 @@ def slot_of(tensor: Tensor) -> Slot | None:
 
 def slot_on(storage: torch.UntypedStorage, tape: "Tape", device: torch.device) -> Slot:
     """The slot of ``storage``, on meta, which from now on stands for memory on ``device`` if it had none."""
-    mark: Slot | Filled | None = storage.__dict__.get(_NAME)
+    mark: Slot | Filled | None = storage.__dict__.get(NAME)
     if mark is None:
-        mark = storage.__dict__[_NAME] = Slot(tape, storage.nbytes(), device)
+        mark = storage.__dict__[NAME] = Slot(tape, storage.nbytes(), device)
     return mark if isinstance(mark, Slot) else mark.become_slot(storage)
 
 
 def attach(storage: torch.UntypedStorage, mark: "Slot | Filled") -> None:
     """Let ``storage``, on meta, stand for the memory of a slot."""
-    storage.__dict__[_NAME] = mark
+    storage.__dict__[NAME] = mark
 
 
 def detach(storage: torch.UntypedStorage) -> None:
     """Let ``storage`` stand for nothing."""
-    storage.__dict__.pop(_NAME, None)
+    storage.__dict__.pop(NAME, None)
 
 
 class Ref:

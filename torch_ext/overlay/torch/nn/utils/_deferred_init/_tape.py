@@ -24,6 +24,7 @@ from torch.nn.utils._deferred_init._slot import (
     detach,
     FRESH,
     META,
+    NAME,
     READ,
     Ref,
     Slot,
@@ -193,15 +194,19 @@ class Filled:
         self.func, self.args, self.kwargs = func, args, kwargs
 
     def become_slot(self, storage: torch.UntypedStorage) -> Slot:
-        detach(storage)
-        slot = slot_on(storage, self.tape, self.device)
-        if self.func is not None:
-            node = Node(self.func)
+        with lock, reality():
+            mark = storage.__dict__.get(NAME)
+            if isinstance(mark, Slot):  # another thread was here
+                return mark
             whole = torch.empty(0, dtype=self.dtype, device=META).set_(storage)
-            node.args = (Ref(slot, whole), *self.args)
-            node.kwargs, node.fills = self.kwargs or {}, True
-            node.touch((slot, FRESH))
-        return slot
+            detach(storage)
+            slot = slot_on(storage, self.tape, self.device)
+            if self.func is not None:
+                node = Node(self.func)
+                node.args = (Ref(slot, whole), *self.args)
+                node.kwargs, node.fills = self.kwargs or {}, True
+                node.touch((slot, FRESH))
+            return slot
 
 
 def replay(
