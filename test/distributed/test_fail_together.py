@@ -6,15 +6,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from load_sharded_case import full_of, ShardedTestCase
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import distribute_tensor, Shard
 from torch.testing._internal.common_utils import (
     instantiate_parametrized_tests,
     parametrize,
@@ -151,6 +153,76 @@ class TestFaultsOfFour(ShardedTestCase):
                 else:
                     expected = f"RankError: Rank {failing} failed: KeyError: 'some key'"
                     self.assertEqual(text, expected)
+
+    def test_votes_are_those_of_a_context_whatever_is_raised_in_it(self):
+        from torch.distributed.errors import fail_together, RankError
+
+        good = {"weight": torch.ones(8, 3), "bias": torch.ones(8)}
+        module, kept = self.module("cpu"), []
+
+        def wrapped():
+            with fail_together():
+                try:
+                    module.load_state_dict(
+                        good if self.rank else {}, reuse_tensors=True
+                    )
+                except RankError:
+                    raise
+                except RuntimeError as error:
+                    kept.append(error)
+                    raise ValueError("wrapped") from error
+
+        def fine():
+            with fail_together():
+                module.load_state_dict(good, reuse_tensors=True)
+
+        def raised_again():
+            with fail_together():
+                for error in kept:
+                    raise error
+
+        for work, failing in ((wrapped, True), (fine, False), (raised_again, True)):
+            for text in self.outcomes(work):
+                self.assertEqual(bool(text), failing, text)
+                self.assertNotIn("did not come", text)
+        self.assertEqual(set(self.outcomes(fine)), {""})
+
+    def test_several_groups_in_one_context(self):
+        from torch.distributed.errors import fail_together
+
+        whole = init_device_mesh("cpu", (self.world_size,))
+        alone = [dist.new_group([rank]) for rank in range(self.world_size)]
+        module = nn.Module()
+        module.a = nn.Parameter(distribute_tensor(torch.zeros(8), whole))
+        if self.rank == 0:  # a group that the others know nothing of
+            mesh = DeviceMesh.from_group(alone[0], "cpu")
+            module.b = nn.Parameter(distribute_tensor(torch.zeros(3), mesh))
+        state_dict = {
+            name: torch.ones_like(p.to_local()) for name, p in module.named_parameters()
+        }
+        state_dict["a"] = torch.ones(8)
+
+        def load():
+            with fail_together():
+                module.load_state_dict(state_dict, reuse_tensors=True)
+
+        self.assertEqual(set(self.outcomes(load)), {""})
+
+    def test_a_rank_outside_of_the_mesh_has_no_vote(self):
+        mesh = DeviceMesh("cpu", [0, 1])
+        weight = distribute_tensor(torch.zeros(8), mesh, [Shard(0)])
+        module = nn.Module()
+        module.weight = nn.Parameter(weight)
+        shape = 3 if self.rank == 1 else 8
+        if self.rank == 1:
+            time.sleep(0.5)  # NB: so that all others have voted
+        texts = self.outcomes(
+            module.load_state_dict, {"weight": torch.ones(shape)}, reuse_tensors=True
+        )
+        self.assertIn("size mismatch for weight", texts[1])
+        self.assertIn("Rank 1 failed", texts[0])
+        if self.rank == 0:
+            self.assertEqual(module.weight.to_local(), torch.zeros(4))
 
     def test_groups_of_some_ranks(self):
         from torch.distributed.errors import fail_together
