@@ -155,7 +155,7 @@ class TestDcpToTorchSave(Case):
 
 
 class TestDcpToSafetensors(Case):
-    @unittest.skipUnless(HAS_SAFETENSORS, "no safetensors")
+    @unittest.skipUnless(HAS_SAFETENSORS, "needs safetensors")
     @settings(max_examples=25, deadline=None)
     @given(st.dictionaries(st.sampled_from("abcde"), tensors, min_size=1))
     def test_opens_as_what_was_saved(self, state_dict):
@@ -168,7 +168,7 @@ class TestDcpToSafetensors(Case):
         for loaded in (load_file(path), torch.load(path, lazy=True)):
             self.assertEqual(loaded, expected, rtol=0, atol=0)
 
-    @unittest.skipUnless(HAS_SAFETENSORS, "no safetensors")
+    @unittest.skipUnless(HAS_SAFETENSORS, "needs safetensors")
     def test_is_the_file_of_safetensors(self):
         from safetensors.torch import save_file
 

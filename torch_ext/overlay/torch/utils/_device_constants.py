@@ -10,8 +10,10 @@ known tensors it does to their values at once, and what meta cannot do (``nonzer
 is done to the values alone. Anything that reads an unknown tensor, draws random numbers or takes arguments with a state
 of their own makes what it writes unknown.
 
-Limit: a write that no function mode sees (C++, ``torch.jit.script``) makes the storage unknown, unless it goes through
-an alias that counts its writes on its own, as ``.data`` does: then it is missed.
+Limits: a write that no function mode sees (C++, ``torch.jit.script``) makes the storage unknown, unless it goes through
+an alias that counts its writes on its own, as ``.data`` does: then it is missed. NumPy arrays that share memory with a
+constant of more than 1 MiB do not see later writes to it, and ``as_tensor`` of an array with gaps does not see later
+writes to the array. What was made in a block inside of this one is not known here.
 """
 
 import functools
