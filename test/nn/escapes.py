@@ -7,6 +7,7 @@ made outside, that returns a tensor or module. ``STAYS`` lists those that are no
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -239,3 +240,42 @@ def _loaded(module):
 @torch.jit.script
 def _scripted(n: int):
     return torch.zeros(n)
+
+
+# What comes from outside is real, as in stock, until a module registers it; and so is what is computed of it alone.
+OUTSIDE = """real: new_zeros|new_ones|new_empty|new_full|new_empty_strided|zeros_like|ones_like|full_like
+real: rand_like|randn_like|randint_like|clone|detach|data|deepcopy|copy|to(dtype)|to(device)|cpu|type|double|add|index
+real: where|vander|complex|polar|block_diag|cartesian_prod|stack|cat|to_sparse|bernoulli|poisson|multinomial
+real: normal(tensor)|nonzero|unique|Buffer|as_subclass|_make_subclass
+legacy: Tensor.new(n)|Tensor.new()
+memory: from_numpy|frombuffer|frombuffer + 1|from_dlpack
+below: aten.add
+files: load|load(map_location)|pickle|_rebuild_tensor_v2"""
+# What is not on meta, and why.
+STAYS = {
+    f"{line.partition(': ')[0]}: {name}": "comes from outside"
+    for line in OUTSIDE.splitlines()
+    for name in line.partition(": ")[2].split("|")
+} | {
+    "real: masked_tensor": "a wrapper subclass, made in Python around what it is given",
+    "real: init.normal_": "writes to a tensor of the caller's",
+    "real: init.zeros_": "writes to a tensor of the caller's",
+    "real: quantize_per_tensor": "meta has no form of it",
+    "missed: _empty_affine_quantized": "meta has no form of it",
+    "missed: as_nested_tensor": "meta has no form of it",
+}
+# Those draw from the generator, as in stock.
+DRAWS = re.compile("init|rand|bernoulli|poisson|multinomial|normal.tensor")
+RAISES = {
+    "missed: nested_tensor": "meta has no form of it",
+}
+
+
+def off_meta(value):
+    if isinstance(value, torch.Tensor):
+        return [] if value.is_meta else [value]
+    return [t for t in (*value.parameters(), *value.buffers()) if not t.is_meta]
+
+
+def inputs():
+    return torch.rand(4), torch.rand(2, 2), torch.tensor([1, 2])

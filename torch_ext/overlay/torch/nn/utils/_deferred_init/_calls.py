@@ -187,7 +187,8 @@ def make_of_values(
     named = kwargs.get("device")
     ops, is_meta = recorder.ops, not recorder.tape.random
     if is_meta and (
-        not recorder.makes() or (named is not None and called_by_library())
+        not recorder.makes()
+        or (named is not None and (called_by_library() or _is_memory(args)))
     ):
         return as_stock(recorder, func, args, kwargs)
     if args and isinstance(args[0], Tensor):
@@ -208,6 +209,11 @@ def make_of_values(
     # NB: as_tensor() and asarray() of an array share its memory.
     made = ops.adopt(real, shared=func not in _COPIES)
     return made.requires_grad_() if leaf else made
+
+
+def _is_memory(args: Args) -> bool:
+    """Whether a tensor is made of memory that comes from outside, such as that of a file."""
+    return bool(args) and isinstance(args[0], (torch.UntypedStorage, memoryview))
 
 
 def _make_of_tensor(
@@ -385,16 +391,25 @@ def set_storage(
 def tell(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
     """``t.item()``, ``t.tolist()``, ``t.numpy()`` ...: the truth."""
     ops, grad = recorder.ops, torch.is_grad_enabled()
+    shares = func.__name__ in ("numpy", "__array__", "__dlpack__")
     with reality():
         try:
-            shares = func.__name__ in ("numpy", "__array__", "__dlpack__")
             args = tuple(ops.value(a, shares) for a in args)
             kwargs = {k: ops.value(v) for k, v in kwargs.items()}
         except UnknownValue as e:
             e.args = (f"{e} It is asked for by {func.__name__}, called at {where()}.",)
             raise
-        with torch.set_grad_enabled(grad):  # numpy() refuses what requires a gradient
-            return func(*args, **kwargs)
+        try:
+            with torch.set_grad_enabled(grad):  # numpy() refuses what needs a gradient
+                return func(*args, **kwargs)
+        except RuntimeError as e:
+            if recorder.tape.random or not any(t.is_meta for t in tensors_in(args)):
+                raise
+            error = UnknownValue("an op on unknown values")
+            error.args = (
+                f"{error} It is asked for by {func.__name__}, called at {where()}.",
+            )
+            raise error from e
 
 
 def tell_device(

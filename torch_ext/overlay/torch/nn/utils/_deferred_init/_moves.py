@@ -36,11 +36,14 @@ def move(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
         return func(*args, **kwargs)
     ops = recorder.ops
     if not ops.tape.random:
-        if not tensor.is_meta:
-            if target.type == tensor.device.type:
-                return func(*args, **kwargs)
-            if called_by_library():
-                return recorder.passed_on(func, args, kwargs)
+        if tensor.is_meta:
+            if ops.slot_of(tensor) is not None and called_by_library():
+                return ops.value(tensor).to(**options)  # to save it, or to send it
+        elif target.type == tensor.device.type:
+            return func(*args, **kwargs)
+        elif called_by_library():
+            return recorder.passed_on(func, args, kwargs)
+        else:
             tensor = ops.adopt(tensor, shared=True)
         recorder.overridden(func, target)
         return tensor.to(**{"dtype": tensor.dtype, **options})

@@ -79,7 +79,10 @@ def op_of(func: "OpOverload[..., Any]") -> Op:
 
 
 class UnknownValue(RuntimeError):
-    """A value was asked for that is not recorded."""
+    """A value was asked for that is not recorded.
+
+    NB: no NotImplementedError, which parametrize takes for a missing ``right_inverse``.
+    """
 
     def __init__(self, cause: str) -> None:
         super().__init__(
@@ -122,7 +125,7 @@ _MAKERS = (
     *("torch.serialization", "torch.storage", "torch.multiprocessing", "torch.hub"),
     *("torch.package", "torch.jit", "torch.distributed", "torch.nn.parallel"),
     *("torch.utils.data", "torch._subclasses", "torch._dynamo", "torch._inductor"),
-    *("torch._functorch", "torch.export", "torch.fx", "torch.testing"),
+    *("torch._functorch", "torch.export", "torch.fx"),
     "safetensors",
 )
 _OURS = (__package__ or "", "torch.utils._device", "torch.overrides", "torch._ops")
