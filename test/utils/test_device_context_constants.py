@@ -332,7 +332,6 @@ class TestConstants(TestCase):
         self.check(read)
 
 
-
 instantiate_parametrized_tests(TestConstants)
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from torch.nn.utils._deferred_init._originals import (
     INITS,
     METHODS,
     methods,
-    NESTED_TENSOR,
 )
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._schema import (
@@ -312,6 +311,8 @@ def fill(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
     elif target.requires_grad and torch.is_grad_enabled():
         return func(*args, **kwargs)  # an error, for a leaf
     draws = func not in _CONSTANT_FILLS
+    if not tape.random and isinstance(mark, (Filled, Slot)) and mark.tape.random:
+        return recorder.passed_on(func, args, kwargs)  # of a deferred_init around this
     if not tape.random and (draws or not isinstance(mark, (Filled, Slot))):
         return _fill_on_meta(recorder, func, target, tuple(rest), kwargs, mark)
     if isinstance(mark, Unknown):  # on meta on purpose
@@ -460,13 +461,10 @@ _FACTORIES = [
 _OF_VALUES = builtins("as_tensor asarray scalar_tensor tensor")
 _COPIES = frozenset(builtins("scalar_tensor tensor"))
 # Factories of what has no plain memory: sparse, quantized, nested tensors, or those of other tensors.
-_UNPLAIN = [
-    *builtins(
-        """sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor sparse_coo_tensor sparse_csc_tensor
-        sparse_csr_tensor empty_quantized from_file"""
-    ),
-    NESTED_TENSOR,
-]
+_UNPLAIN = builtins(
+    """sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor sparse_coo_tensor sparse_csc_tensor
+    sparse_csr_tensor empty_quantized from_file"""
+)
 _LIKE = [
     *builtins(
         "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"

@@ -78,6 +78,7 @@ class Recorder:
         self._fake = _fake_mode()
         self._hooks: list[Any] = []
         self.fills: dict[Any, Filled] = {}  # of factories in a meta block
+        tape.ops = self.ops
         tape.is_remembered = tape.random or not _is_in_deferred_init()
 
     def unknown(self, cause: str) -> Unknown:
@@ -176,6 +177,7 @@ class Recorder:
     def close(self) -> None:
         """The context has ended, in all threads."""
         self.tape.closed = True
+        self.tape.ops = None
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

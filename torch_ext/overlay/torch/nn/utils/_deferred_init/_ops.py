@@ -159,6 +159,9 @@ class Ops:
                 return func(*args, **kwargs)
             return self.execute(op, func, args, kwargs)
         real = [t for t in tensors if not t.is_meta]
+        around = self._around(known)
+        if around is not None and len(known) + len(real) == len(tensors):
+            return around.call(func, args, kwargs)
         if op.communicates and known:
             return self.communicate(func, args, kwargs)
         if not self.tape.random and len(real) == len(tensors):
@@ -187,6 +190,17 @@ class Ops:
         if op.views or op.name == "resize_":
             return self._view(func, args, kwargs)
         return self._record(op, func, args, kwargs)
+
+    def _around(self, known: list[Tensor]) -> "Ops | None":
+        """In a meta block, what records the tensors of a deferred_init around it."""
+        if self.tape.random:
+            return None
+        for tensor in known:
+            slot = slot_of(tensor)
+            if slot is not None and slot.tape.random and slot.tape.ops is not None:
+                around: Ops = slot.tape.ops
+                return around
+        return None
 
     def _outside(
         self,

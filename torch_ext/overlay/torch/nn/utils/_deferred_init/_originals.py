@@ -39,4 +39,3 @@ INITS = {
     )
 }
 FREQUENCIES = [torch._C._fft.fft_fftfreq, torch._C._fft.fft_rfftfreq]
-NESTED_TENSOR: Function = torch.nested.nested_tensor

@@ -86,9 +86,9 @@ class UnknownValue(RuntimeError):
 
     def __init__(self, cause: str) -> None:
         super().__init__(
-            f"Expected a value that is known while a module is constructed on meta, got one that {cause} makes, which "
-            "draws random numbers or reads what has no data. Use torch.nn.utils.deferred_init instead, which records "
-            "random numbers, too."
+            f"Expected a value that is known while a module is constructed on meta, got the result of {cause}, which "
+            "draws random numbers or reads unknown values. Use torch.nn.utils.deferred_init instead, which records "
+            "random numbers too."
         )
 
 

@@ -155,11 +155,13 @@ class Tape:
     Attributes:
         is_remembered: whether what is known is known after the context, too. Not so in a meta block inside of
             deferred_init, where the model itself puts it on meta.
+        ops: what records ops here, as long as the context is open.
     """
 
     def __init__(self, random: bool) -> None:
         self.random = random
         self.is_remembered = True
+        self.ops: Any = None
         self.closed = False
         self._streams: dict[torch.device, Stream] = {}
 
