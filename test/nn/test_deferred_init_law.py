@@ -66,15 +66,23 @@ MAKERS = {
         pick(made, i) > 0, pick(made, i), v
     ),
     "nonzero": lambda made, size, dtype, i, v: torch.nonzero(pick(made, i)),
-    "rand_like": lambda made, size, dtype, i, v: torch.rand_like(pick(made, i)),
-    "bernoulli": lambda made, size, dtype, i, v: torch.bernoulli(
-        pick(made, i).clamp(0, 1)
+    "rand_like": lambda made, size, dtype, i, v: torch.rand_like(
+        floating(pick(made, i))
     ),
-    "dropout": lambda made, size, dtype, i, v: torch.dropout(pick(made, i), 0.5, True),
+    "bernoulli": lambda made, size, dtype, i, v: torch.bernoulli(
+        floating(pick(made, i)).clamp(0, 1)
+    ),
+    "dropout": lambda made, size, dtype, i, v: torch.dropout(
+        floating(pick(made, i)), 0.5, True
+    ),
     "parameter": lambda made, size, dtype, i, v: (
         nn.Parameter(pick(made, i), pick(made, i).is_floating_point()).data
     ),
 }
+
+
+def floating(t):
+    return t if t.is_floating_point() else t.float()
 
 
 def writable(t):

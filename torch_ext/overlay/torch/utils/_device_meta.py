@@ -48,12 +48,12 @@ class MetaBlock:
         self.recorder = Recorder(Tape(random=False))
         self.call = self.recorder.call
         self._mode = OpMode(self.recorder)
-        self._mode.push()
+        self._mode.put_on()
         self.recorder.open()
 
     def __del__(self) -> None:
         self.recorder.close()
-        self._mode.remove()
+        self._mode.take_off()
 
 
 class RealBlock:

@@ -239,7 +239,7 @@ def _make_of_tensor(
 
 
 def _shares(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def make_unplain(

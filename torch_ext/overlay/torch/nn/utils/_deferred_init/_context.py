@@ -191,11 +191,11 @@ class Recorder:
         """Let this thread be inside."""
         mode = OpMode(self)
         with (_Calls if self.tape.random else _MetaCalls)(self):
-            mode.push()
+            mode.put_on()
             try:
                 yield
             finally:
-                mode.remove()
+                mode.take_off()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -345,7 +345,7 @@ class _Calls(TorchFunctionMode):
         return self.recorder.call(func, args, kwargs)
 
 
-class _MetaCalls(_Calls, DeviceContext):
+class _MetaCalls(_Calls, DeviceContext):  # type: ignore[misc]
     """A DeviceContext, so that code that searches the stack of modes for one finds the meta device."""
 
     device = META
@@ -368,12 +368,12 @@ class OpMode(TorchDispatchMode):
     ) -> Any:
         return self.recorder.op(func, args, kwargs or {})
 
-    def push(self) -> None:
+    def put_on(self) -> None:
         _remove_left()
         self.__enter__()
         state.modes += 1
 
-    def remove(self) -> None:
+    def take_off(self) -> None:
         """Take this off the stack; if other modes lie above it, it does nothing there, and is taken off later."""
         self.left = True
         _remove_left()

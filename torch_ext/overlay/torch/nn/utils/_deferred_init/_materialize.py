@@ -158,8 +158,10 @@ def materialize(
             for slot, group in shards.items():
                 drawn |= any(node.draw is not None for node in pending([slot]))
                 pairs += _cut(slot, group, target)
-            specs = [
-                (tensor, tensor._spec) for tensor, _ in pairs if is_sharded(tensor)
+            specs: list[tuple[Any, Any]] = [
+                (tensor, tensor._spec)  # type: ignore[attr-defined]
+                for tensor, _ in pairs
+                if is_sharded(tensor)
             ]
             swap_all([tensor for tensor, _ in pairs], [data for _, data in pairs])
             for tensor, shell in pairs:

@@ -38,4 +38,5 @@ INITS = {
         "_no_grad_trunc_normal_",
     )
 }
-FREQUENCIES = [torch._C._fft.fft_fftfreq, torch._C._fft.fft_rfftfreq]
+_fft: Any = torch._C._fft  # type: ignore[attr-defined]
+FREQUENCIES = [_fft.fft_fftfreq, _fft.fft_rfftfreq]
