@@ -20,7 +20,7 @@ from torch.nn.modules import _to_empty
 from torch.nn.modules import module as _module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils._deferred_init import _materialize
-from torch.nn.utils._deferred_init._calls import Rule, RULES, SEEN_RULES
+from torch.nn.utils._deferred_init._calls import FAST_RULES, RULES, SEEN_RULES
 from torch.nn.utils._deferred_init._ops import Ops
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._schema import below_modes, is_plain, where
@@ -37,7 +37,7 @@ from torch.nn.utils._deferred_init._slot import (
     Unknown,
     unknown_mark,
 )
-from torch.nn.utils._deferred_init._tape import Filled, Node, Tape
+from torch.nn.utils._deferred_init._tape import Node, Tape
 from torch.overrides import _get_current_function_mode_stack, TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode, TorchDispatchMode
@@ -77,7 +77,7 @@ class Recorder:
         self._others = _other_dispatch_modes() if tape.random else 0
         self._fake = _fake_mode()
         self._hooks: list[Any] = []
-        self.fills: dict[Any, Filled] = {}  # of factories in a meta block
+        self.marks: dict[Any, Any] = {}  # of storages in a meta block
         tape.ops = self.ops
         tape.is_remembered = tape.random or not _is_in_deferred_init()
 
@@ -98,30 +98,33 @@ class Recorder:
             return func(*args, **kwargs) if kwargs else func(*args)
         rule = self._rule(func)
         # NB: what another dispatch mode is to see is made without a short cut.
-        if _other_dispatch_modes() != self._others or _fake_mode() is not self._fake:
+        if torch._C._len_torch_dispatch_stack() - state.modes != self._others:
             if self.tape.random:
                 return func(*args, **kwargs) if kwargs else func(*args)
             rule = SEEN_RULES.get(func)
+        elif rule in FAST_RULES:
+            return rule(self, func, args, kwargs or {})
         elif rule is None and not self.tape.random and is_unrecorded(args, kwargs):
             guard = torch._C._DisableTorchDispatch()  # as long as it lives
             try:
                 return func(*args, **kwargs) if kwargs else func(*args)
             finally:
                 del guard
-        return self._handle(rule, func, args, kwargs)
-
-    def _handle(
-        self,
-        rule: Rule | None,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None,
-    ) -> Any:
         state.handling = self
         try:
             if rule is not None:
                 return rule(self, func, args, kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
+        finally:
+            state.handling = None
+
+    def follow(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a call without a rule; the dispatch mode sees its ops."""
+        state.handling = self
+        try:
+            return func(*args, **kwargs)
         finally:
             state.handling = None
 
@@ -133,11 +136,11 @@ class Recorder:
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Let the contexts around this one answer the call."""
-        state.handling = None
+        before, state.handling = state.handling, None
         try:
             return func(*args, **kwargs)
         finally:
-            state.handling = self
+            state.handling = before
 
     def op(
         self,
@@ -217,11 +220,15 @@ class Recorder:
 
     def _register(self, module: torch.nn.Module, name: str, tensor: Any) -> Any:
         """Let a module have, instead of a real parameter or buffer, what stands for it."""
-        if tensor is None or current() is not self:
+        if tensor is None:
             return None
         with torch._C.DisableTorchFunction():
+            if tensor.is_meta and mark_of(tensor) is not None:
+                return None
+            if current() is not self:
+                return None
             if tensor.is_meta:
-                if mark_of(tensor) is None and is_plain(tensor):
+                if is_plain(tensor):
                     mark = self.unknown("an op on unknown values")
                     attach(tensor.untyped_storage(), mark)
                 return None
