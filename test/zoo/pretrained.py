@@ -7,7 +7,8 @@ name meanwhile. So one process loads model after model, as a server would, and a
 is found. Stock's process builds and saves the models and tells what it loads; the patched one loads the same folders.
 
 What is compared: each tensor that the model holds (non-persistent buffers and plain attributes, too): its bits, dtype,
-shape, device and class, and what is tied; or the type of the error. What two loads of stock do not agree on is left out.
+shape, device and class, and what is tied; or the type of the error. What two loads of stock do not agree on is left
+out.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def load(folder: Path) -> Told:
 def save(name: str, folder: Path) -> str:
     """Build the smallest model of that name and save it; returns why not, or nothing."""
     why = ""
-    for build in dict(architectures.transformers())[name]:
+    for build in dict(architectures.models("transformers"))[name]:
         try:
             with torch.device("meta"):
                 count = sum(p.numel() for p in build().parameters())
@@ -165,7 +166,7 @@ def main() -> None:
         patched = Path(options.work).name == "patched.jsonl"
         work(patched, Path(options.folder), Path(options.work), options.names)
         return
-    names = options.names or [name for name, _ in architectures.transformers()]
+    names = options.names or [name for name, _ in architectures.models("transformers")]
     with tempfile.TemporaryDirectory() as scratch:
         found, out = compare(names, Path(options.folder or scratch))
     for name, why in out.items():

@@ -32,7 +32,7 @@ def test_sample(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_all(tmp_path):
-    names = [name for name, _ in architectures.transformers()]
+    names = [name for name, _ in architectures.models("transformers")]
     found, out = pretrained.compare(names, tmp_path)
     assert len(found) > 100, out
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
