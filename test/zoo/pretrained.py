@@ -108,6 +108,8 @@ def work(patched: bool, root: Path, results: Path, names: list[str]) -> None:
     """Load model after model in this process; a line of JSON for each."""
     if patched != hasattr(nn.utils, "meta_init"):
         sys.exit("Expected a torch as it is for stock, and patches for the other one.")
+    # NB: before transformers, which imports torchvision where it is installed.
+    architectures.name_torchvision_operators()
     importlib.import_module("transformers").logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

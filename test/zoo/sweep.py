@@ -97,6 +97,7 @@ def ways(
 
 
 def work(library: str, values: bool, out: Path, names: list[str]) -> None:
+    zoo.limit_memory()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     builds = dict(architectures.models(library))
