@@ -52,6 +52,11 @@ FACTORIES = {
 }
 RANDOM = {"rand", "rand_like", "randint", "randn", "randn_like", "randperm"}
 EMPTY = {"empty", "empty_like", "empty_strided"}
+CONSTRUCTORS = """
+import json
+import torch.utils._device as device
+print(json.dumps(sorted(f.__name__ for f in device._device_constructors())))
+"""
 BLOCKS = ["device", "meta_init", "deferred_init"]
 
 
@@ -150,6 +155,28 @@ class TestWrappedFactories(TestCase):
         first, *others = (in_a_fresh_process(block, ()) for block in BLOCKS)
         for other in others:
             self.assertEqual(other, first)
+
+    def test_real_blocks_know_the_constructors_of_stock(self):
+        from torch.nn.utils._deferred_init._calls import DEVICE_CONSTRUCTORS
+
+        run = subprocess.run(
+            [sys.executable, "-c", CONSTRUCTORS],
+            env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        self.assertEqual(
+            sorted(f.__name__ for f in DEVICE_CONSTRUCTORS), json.loads(run.stdout)
+        )
+
+    def test_a_real_block_does_not_fill_the_table_of_stock(self):
+        # What it would put there are the wrappers, and no default device would have an effect later.
+        torch.utils._device._device_constructors.cache_clear()
+        with torch.device("meta"), torch.device("cpu"):
+            self.assertEqual(torch.ones(2).device.type, "cpu")
+        info = torch.utils._device._device_constructors.cache_info()
+        self.assertEqual(info.currsize, 0)
 
     def test_constants_are_known(self):
         found = in_a_fresh_process("device", tuple(FACTORIES))

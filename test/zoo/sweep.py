@@ -168,7 +168,9 @@ def families(out: Path) -> list[str]:
     return [name for count, name in smallest.values() if count < 100_000_000]
 
 
-def report(out: Path, libraries: list[str]) -> None:
+def report(out: Path, libraries: list[str]) -> int:
+    """Print the table; returns how many results of the patches are not right."""
+    wrong = 0
     seconds: Counter[str] = Counter()
     for line in out.read_text().splitlines():
         of, _, way, _, s = json.loads(line)
@@ -184,7 +186,9 @@ def report(out: Path, libraries: list[str]) -> None:
             )
             for name, result in told.items():
                 if not result.startswith("ok"):
+                    wrong += way != zoo.CHOICE
                     print(f"  - `{name}`: {result}")
+    return wrong
 
 
 def main() -> None:
@@ -194,6 +198,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="only each n-th model")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--report", action="store_true", help="only print the table")
+    parser.add_argument("--strict", action="store_true", help="fail if any is wrong")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--values", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -207,7 +212,9 @@ def main() -> None:
         do(library, values, options.out, names, options.jobs)
         if not values:
             do(library, True, options.out, families(options.out), options.jobs)
-    report(options.out, libraries)
+    wrong = report(options.out, libraries)
+    if options.strict and wrong:
+        sys.exit(f"Expected all results to be right, got {wrong} that are not.")
 
 
 if __name__ == "__main__":

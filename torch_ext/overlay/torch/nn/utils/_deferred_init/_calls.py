@@ -452,6 +452,10 @@ _UNPLAIN = [
     ),
     NESTED_TENSOR,
 ]
+# What a block of a real device gives its device to: torch.utils._device's table, which may hold wrappers.
+DEVICE_CONSTRUCTORS = frozenset(
+    (*_FACTORIES, *_OF_VALUES, *_UNPLAIN, *builtins("range"))
+) - frozenset(builtins("from_file"))
 _LIKE = [
     *builtins(
         "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
