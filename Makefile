@@ -29,7 +29,8 @@ test-slow: $(VENV)/installed
 # cannot be imported as it is, and transformers would try: a venv of its own. Naming torch keeps pip from replacing it.
 test-zoo: $(ZOO)/installed
 	$(ZOO)/bin/python -m pytest test/zoo -m "slow or not slow" $(ARGS)
-	$(PY_ZOO) -m torch_ext run -- $(PY_ZOO) test/zoo/sweep.py --out zoo.jsonl --every 40 --strict
+	rm -f $(ZOO)/sweep.jsonl  # else it goes on where that one ended
+	$(PY_ZOO) -m torch_ext run -- $(PY_ZOO) test/zoo/sweep.py --out $(ZOO)/sweep.jsonl --every 40 --strict
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check
