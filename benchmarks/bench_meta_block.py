@@ -132,7 +132,11 @@ def construct(model: str, way: str) -> dict[str, float]:
     module = construct_once()
     found["KiB"] = anonymous() - before
     if way != "stock":
-        computed = [m for m in module.modules() if m._non_persistent_buffers_set]
+        computed = [
+            m
+            for m in module.modules()
+            if m._non_persistent_buffers_set and not [*m.parameters()]
+        ]
         start = time.process_time()
         for part in computed:
             torch.nn.utils.materialize_module(part)  # type: ignore[attr-defined]
