@@ -6,6 +6,7 @@ ZOO ?= $(VENV)-zoo
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
+PY_ZOO := $(abspath $(ZOO))/bin/python
 RUN := $(PY) -m torch_ext run
 TYPED := $(PY) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abspath .mypy_cache)
 
@@ -28,6 +29,8 @@ test-slow: $(VENV)/installed
 # cannot be imported as it is, and transformers would try: a venv of its own. Naming torch keeps pip from replacing it.
 test-zoo: $(ZOO)/installed
 	$(ZOO)/bin/python -m pytest test/zoo -m "slow or not slow" $(ARGS)
+	rm -f $(ZOO)/sweep.jsonl  # else it goes on where that one ended
+	$(PY_ZOO) -m torch_ext run -- $(PY_ZOO) test/zoo/sweep.py --out $(ZOO)/sweep.jsonl --every 40 --strict
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check

@@ -198,6 +198,7 @@ and allocates and initializes memory that nobody asked for. On meta, and only
 there, the context now overrides an explicit device of factory functions.""",
         files=("torch/utils/_device_meta.py",),
         tests=(
+            "test/nn/test_meta_blocks_wrapped_factories.py",
             "test/utils/device_factories.py",
             "test/utils/test_device_context_constants.py",
             "test/utils/test_device_context_meta.py",

@@ -39,7 +39,7 @@ def models(library: str) -> Iterator[tuple[str, list[Build]]]:
     Raises:
         ImportError: the library is not installed.
     """
-    _name_torchvision_operators()
+    name_torchvision_operators()
     every = (transformers, timm, torchvision, diffusion.diffusers)
     yield from dict(zip(LIBRARIES, every, strict=True))[library]()
 
@@ -165,7 +165,7 @@ def torchvision() -> Iterator[tuple[str, list[Build]]]:
 _named: list[Any] = []
 
 
-def _name_torchvision_operators() -> None:
+def name_torchvision_operators() -> None:
     """Let torchvision be imported next to a torch without CUDA.
 
     NB: its wheels are built for CUDA; without it, they cannot load their operators, and then fail to register what

@@ -167,12 +167,17 @@ def choose(builds: list[Build], limit: int) -> tuple[int, str]:
     return -1, why
 
 
-def work(library: str, tasks: list[Task]) -> None:
-    """Do tasks in this process, a line of JSON for each; a choice that fails skips what follows for its model."""
+def limit_memory() -> None:
+    """Let a model that is too large fail by itself, instead of all processes of the machine."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def work(library: str, tasks: list[Task]) -> None:
+    """Do tasks in this process, a line of JSON for each; a choice that fails skips what follows for its model."""
+    limit_memory()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if tasks[0][2] in STOCK and hasattr(nn.utils, "meta_init"):

@@ -62,12 +62,12 @@ class RealBlock:
     recorder = None
 
     def __init__(self, device: torch.device) -> None:
+        from torch.nn.utils._deferred_init._calls import DEVICE_CONSTRUCTORS
         from torch.nn.utils._deferred_init._context import state
-        from torch.utils._device import _device_constructors
 
         self.device = device
         self._state = state
-        self._constructors = _device_constructors()
+        self._constructors = DEVICE_CONSTRUCTORS
 
     def call(
         self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any] | None

@@ -140,6 +140,11 @@ _UNPLAIN = builtins(
     """sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor sparse_coo_tensor sparse_csc_tensor
     sparse_csr_tensor empty_quantized from_file"""
 )
+# What a block of a real device gives its device to. NB: torch.utils._device fills its table at first use, with wrappers
+# if factories are wrapped then.
+DEVICE_CONSTRUCTORS = frozenset(
+    (*_FACTORIES, *_OF_VALUES, *_UNPLAIN, *builtins("range"))
+) - frozenset(builtins("from_file"))
 _LIKE = [
     *builtins(
         "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
