@@ -166,9 +166,9 @@ class TestWrappedFactories(TestCase):
             text=True,
             check=True,
         )
-        self.assertEqual(
-            sorted(f.__name__ for f in DEVICE_CONSTRUCTORS), json.loads(run.stdout)
-        )
+        # NB: nested_tensor is written in Python, and no mode sees it.
+        names = {*json.loads(run.stdout)} - {"nested_tensor"}
+        self.assertEqual({f.__name__ for f in DEVICE_CONSTRUCTORS}, names)
 
     def test_a_real_block_does_not_fill_the_table_of_stock(self):
         # What it would put there are the wrappers, and no default device would have an effect later.

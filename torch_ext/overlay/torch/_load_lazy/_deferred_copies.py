@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch._load_lazy._deferred_bytes import ConvertedBytes, Layout
 from torch._load_lazy._deferred_storage import Storage
+from torch._load_lazy._modes import has_dispatch_modes
 from torch._load_lazy._ranges import ranges_of
 
 
 def is_ordinary() -> bool:
     """Whether no mode or transform looks at what torch is doing."""
-    if torch._C._len_torch_dispatch_stack():
+    if has_dispatch_modes():
         return False
     return torch._C._functorch.maybe_current_level() is None
 

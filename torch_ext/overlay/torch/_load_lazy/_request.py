@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._load_lazy._modes import has_dispatch_modes
 from torch._load_lazy._places import carrying
 from torch.serialization import (
     _check_dill_version,
@@ -136,6 +137,6 @@ def is_ordinary() -> bool:
     return not (
         torch.is_inference_mode_enabled()
         or _serialization_tls.skip_data
-        or torch._C._len_torch_dispatch_stack()
+        or has_dispatch_modes()
         or torch._guards.detect_fake_mode(None) is not None
     )

@@ -281,19 +281,28 @@ def _side(value: Any) -> int:
     """0: no tensor; 1: on meta; 2: real; 4: recorded, or not known to be a plain tensor."""
     kind = type(value)
     if kind in _TENSORS:
-        try:
-            mark = value.untyped_storage().__dict__.get(NAME)
-        except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
-            return 4
-        if mark is not None and type(mark) is not Unknown:
-            return 4
-        return 1 if value.is_meta else 2
+        return _side_of_tensor(value)
     if kind is list or kind is tuple:
         sides = 0
         for item in value:
             sides |= _side(item)
         return sides
-    return 4 if kind is torch.device or isinstance(value, Tensor) else 0
+    if isinstance(value, Tensor):
+        if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+            return 4
+        with torch._C.DisableTorchFunction():
+            return _side_of_tensor(value)
+    return 4 if kind is torch.device else 0
+
+
+def _side_of_tensor(tensor: Tensor) -> int:
+    try:
+        mark = tensor.untyped_storage().__dict__.get(NAME)
+    except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
+        return 4
+    if mark is not None and type(mark) is not Unknown:
+        return 4
+    return 1 if tensor.is_meta else 2
 
 
 def deciding() -> tuple[Recorder | None, Recorder | None]:
@@ -365,6 +374,9 @@ class OpMode(TorchDispatchMode):
         super().__init__()
         self.recorder = recorder
         self.left = False
+        self.ignores_real_tensors = (
+            not recorder.tape.random
+        )  # for torch.load(lazy=True)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
