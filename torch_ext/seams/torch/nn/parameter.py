@@ -16,9 +16,8 @@ class Parameter:
 
     @seam("deferred_init", base=("b2cd07b9d64edd9e",))
     def __deepcopy__(self, memo):
-        if self.is_meta:
-            from torch.nn.utils._deferred_init import _outside
+        from torch.nn.utils._deferred_init import _outside
 
-            if _outside.is_deferred(self):
-                return _outside.deepcopy_parameter(self, memo)
+        if _outside.is_recorded(self):
+            return _outside.deepcopy_parameter(self, memo)
         ...

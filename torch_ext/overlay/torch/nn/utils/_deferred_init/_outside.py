@@ -16,16 +16,44 @@ from torch.nn.utils._deferred_init._ops import Ops
 from torch.nn.utils._deferred_init._schema import below_modes, is_plain
 from torch.nn.utils._deferred_init._slot import CPU, FRESH, READ, Ref, slot_of, slot_on
 from torch.nn.utils._deferred_init._tape import Node
+from torch.utils._sharded_meta import is_sharded
 
 
 __all__ = [
     "deepcopy_parameter",
     "deepcopy_tensor",
     "is_deferred",
+    "is_inside",
+    "is_recorded",
     "parameter_data",
     "sync_default_generator",
     "to_pickle",
 ]
+
+
+def is_inside() -> bool:
+    """Whether this thread is in a context that records."""
+    return current() is not None
+
+
+def is_recorded(value: Any) -> bool:
+    """Whether ``value`` is a deferred tensor, asked where nobody may notice.
+
+    A read of an attribute is a call of its own to subclasses, tensor-likes and function modes, and it uses up the hop
+    that :func:`torch.overrides.redispatch_function` skips. So its class says first whether there is anybody to notice.
+    """
+    cls = type(value)
+    if cls is not Tensor:
+        # NB: issubclass() here, since isinstance() believes the __class__ of an object that answers everything.
+        if not issubclass(cls, Tensor) or (
+            cls.__torch_function__ is not torch._C._disabled_torch_function_impl
+            and torch._C._is_torch_function_enabled()
+        ):
+            return False
+        if cls.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+            return is_sharded(value) and is_deferred(value)
+    with torch._C.DisableTorchFunction():
+        return value.is_meta and is_deferred(value)
 
 
 def deepcopy_parameter(parameter: Parameter, memo: dict[int, Any]) -> Any:
