@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn.modules.module import Module
-from torch.utils._swap_meta import AppliesInPlace, has_plain_keys, swap_all, undisturbed
+from torch.utils._swap_meta import has_plain_keys, swap_all, undisturbed
 
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def tell_fsdp(module: Module) -> None:
                 submodule._apply(_Nothing(), recurse=False)
 
 
-class _Nothing(AppliesInPlace):
+class _Nothing:
     """For ``_apply``: what it does around it is done."""
 
     def __call__(self, tensor: Tensor) -> Tensor:

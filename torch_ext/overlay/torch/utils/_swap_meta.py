@@ -24,7 +24,6 @@ __all__ = [
     "PLAIN_KEYS",
     "PLAIN_KEYS_ON_META",
     "USERS_OF_UNSHARED",
-    "AppliesInPlace",
     "has_plain_keys",
     "impls_for",
     "is_unshared",
@@ -36,17 +35,6 @@ __all__ = [
     "undisturbed",
     "users_of",
 ]
-
-
-class AppliesInPlace:
-    """What ``Module._apply`` is called with to change the tensors of the module in place."""
-
-    def _apply_to_module(
-        self, module: "torch.nn.Module", recurse: bool
-    ) -> "torch.nn.Module":
-        """What ``module._apply(self, recurse)`` does."""
-        raise NotImplementedError
-
 
 # Note [What lives on the TensorImpl]
 # The Python object holds the class, __dict__, the dicts of tensor hooks and the

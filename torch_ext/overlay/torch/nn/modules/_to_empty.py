@@ -23,7 +23,6 @@ from torch.nn.parameter import is_lazy
 from torch.types import Device
 from torch.utils._sharded_meta import follow_local, is_sharded, local_of
 from torch.utils._swap_meta import (
-    AppliesInPlace,
     has_plain_keys,
     meta_ties,
     storage_like,
@@ -66,7 +65,7 @@ def always_skip() -> Iterator[None]:
         _always.reset(token)
 
 
-class Fill(AppliesInPlace):
+class Fill:
     """Called with a tensor on meta, gives it memory; returns the tensor it was called with.
 
     Passed to ``_apply``, it does so for the tensors of the module, in place.
