@@ -1,19 +1,23 @@
 """Seams of torch/random.py: who asks in a deferred_init is told the state of eager construction."""
 
+import sys
+
 from torch_ext.seams import seam
 
 
 @seam("deferred_init", base=("e5b84a1c37d94ca6",))
 def get_rng_state():
-    from torch.nn.utils._deferred_init import _outside
+    if "torch.nn.utils._deferred_init._outside" in sys.modules:
+        from torch.nn.utils._deferred_init import _outside
 
-    _outside.sync_default_generator()
+        _outside.sync_default_generator()
     ...
 
 
 @seam("deferred_init", base=("fd1f2ff2e00afbb8",))
 def initial_seed():
-    from torch.nn.utils._deferred_init import _outside
+    if "torch.nn.utils._deferred_init._outside" in sys.modules:
+        from torch.nn.utils._deferred_init import _outside
 
-    _outside.sync_default_generator()
+        _outside.sync_default_generator()
     ...

@@ -95,6 +95,7 @@ class Module:
 
     @seam("to_empty_skip_materialized", base=("c794bb38d69f5b78",))
     def _apply(self, fn, recurse=True):
-        if hasattr(fn, "_apply_to_module"):  # changes tensors in place
+        # NB: the class is asked, since a mock and an object with __getattr__ have every attribute.
+        if hasattr(type(fn), "_apply_to_module"):  # changes tensors in place
             return fn._apply_to_module(self, recurse)
         ...

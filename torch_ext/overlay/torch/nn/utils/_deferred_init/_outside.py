@@ -16,16 +16,65 @@ from torch.nn.utils._deferred_init._ops import Ops
 from torch.nn.utils._deferred_init._schema import below_modes, is_plain
 from torch.nn.utils._deferred_init._slot import CPU, FRESH, READ, Ref, slot_of, slot_on
 from torch.nn.utils._deferred_init._tape import Node
+from torch.utils._sharded_meta import is_sharded
 
 
 __all__ = [
+    "answers",
     "deepcopy_parameter",
     "deepcopy_tensor",
     "is_deferred",
+    "is_inside",
+    "is_recorded",
     "parameter_data",
     "sync_default_generator",
     "to_pickle",
 ]
+
+
+def is_inside() -> bool:
+    """Whether this thread is in a context that records."""
+    return current() is not None
+
+
+def is_recorded(value: Any) -> bool:
+    """Whether ``value`` is a deferred tensor, asked where nobody may notice.
+
+    A read of an attribute is a call of its own to subclasses, tensor-likes and function modes. Each check of
+    ``__torch_function__``, also below DisableTorchFunction, uses up the hop that
+    :func:`torch.overrides.redispatch_function` skips; so the dispatch keys tell the device, and for a tensor on meta
+    the hop is put back.
+    """
+    cls = type(value)
+    # NB: issubclass(), since isinstance() believes the __class__ of an object that answers everything.
+    if not issubclass(cls, Tensor):
+        return False
+    hop = _hop_is_pending()
+    if (
+        cls is not Tensor
+        and cls.__torch_function__ is not torch._C._disabled_torch_function_impl
+        and torch._C._is_torch_function_enabled()
+        and not hop
+    ):
+        return False  # its own __torch_function__ comes first
+    try:
+        with torch._C.DisableTorchFunction():
+            if cls.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+                return is_sharded(value) and is_deferred(value)
+            return torch._C._dispatch_keys(value).has(_META_KEY) and is_deferred(value)
+    finally:
+        if hop:
+            torch._C._set_skip_next_torch_function()
+
+
+def answers(value: Tensor) -> bool:
+    """Whether ``value`` is a deferred tensor that no subclass or mode answers for."""
+    return is_recorded(value) and not torch.overrides.has_torch_function((value,))
+
+
+_META_KEY = torch._C.DispatchKey.Meta
+# NB: releases without redispatch_function() have no hop.
+_hop_is_pending = getattr(torch._C, "_peek_should_skip_torch_function", bool)
 
 
 def deepcopy_parameter(parameter: Parameter, memo: dict[int, Any]) -> Any:
@@ -76,7 +125,7 @@ def parameter_data(data: Any) -> Any:
 
 
 def to_pickle(tensor: Tensor) -> Tensor:
-    """What is pickled for ``tensor``: inside of a deferred_init its values, outside nothing has any."""
+    """What is pickled for ``tensor``: inside of a context its values if they are known, outside nothing has any."""
     if type(tensor) is not Tensor or not is_deferred(tensor):
         return tensor
     recorder = current()
@@ -85,8 +134,6 @@ def to_pickle(tensor: Tensor) -> Tensor:
             f"Expected a tensor with data to pickle, got a deferred one of shape {list(tensor.shape)}. "
             "(Did you mean to call torch.nn.utils.materialize_module first?)"
         )
-    if not recorder.tape.random:
-        return tensor
     with torch._C.DisableTorchFunction():
         real: Tensor = recorder.ops.value(tensor, handed_over=True)
     return real
