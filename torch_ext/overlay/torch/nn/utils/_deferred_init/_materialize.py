@@ -58,6 +58,14 @@ def is_deferred(value: Any) -> bool:
         return value.is_meta and slot_of(recorded(value)) is not None
 
 
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is deferred, and a context of ``deferred_init`` knows all of its values."""
+    if not is_deferred(tensor):
+        return False
+    slot = slot_of(recorded(tensor))
+    return slot is not None and slot.tape.random
+
+
 def recorded(tensor: Tensor) -> Tensor:
     """What was recorded of ``tensor``: of a shard, the view of the whole tensor that it was cut from."""
     if not is_sharded(tensor):
@@ -83,7 +91,8 @@ def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
             kind = shards if is_sharded(tensor) else slots
             kind.setdefault(slot, []).append(tensor)
         unmoved = [slot for slot in slots if target not in slot.moved]
-        drawn = replay(unmoved, handed_over=True)
+        drawn = any(slot.drawn for slot in slots)
+        replay(unmoved, handed_over=True)
         with lock, reality():
             pairs = [
                 (tensor, _real(tensor, slot, target))
@@ -91,14 +100,15 @@ def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
                 for tensor in group
             ]
             for slot, group in shards.items():
-                drawn |= any(node.draw is not None for node in pending([slot]))
+                drawn |= slot.drawn
                 pairs += _cut(slot, group, target)
             swap_all([tensor for tensor, _ in pairs], [data for _, data in pairs])
             for tensor, shell in pairs:
                 if is_sharded(tensor):
                     tensor._spec = shell._spec  # type: ignore[attr-defined]
         if drawn or (eager and found):
-            tapes = {slot.tape for slot in (*slots, *shards)}
+            # NB: while a context is open its generator is marked, and is put right when it is left.
+            tapes = {slot.tape for slot in (*slots, *shards) if slot.tape.closed}
             for stream in {s for tape in tapes for s in tape.streams()}:
                 stream.finish()
 

@@ -100,8 +100,12 @@ class Node:
     def touch(self, *touched: tuple[Slot, int]) -> None:
         """Record this as the next thing that is done to the slots."""
         self.touched = touched
+        # NB: eager construction moves the generator for it, even if it is overwritten before anybody reads it.
+        drawn = self.draw is not None or any(s.drawn for s, k in touched if k is READ)
         for slot, kind in touched:
             slot.events.append((self.index, kind, self))
+            if drawn and kind is not READ:
+                slot.drawn = True
 
     def draw_after(self, state: Tensor) -> Tensor:
         """The state of a generator in ``state`` after this has drawn from it, for nobody."""
