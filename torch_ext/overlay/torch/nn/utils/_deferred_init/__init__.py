@@ -7,6 +7,7 @@ Law: ``materialize_module(deferred_init(f))`` is ``f()``, bit for bit.
 This file has what users call; it is imported with torch, and the rest with the first call.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, overload, ParamSpec, TypeVar
@@ -61,7 +62,7 @@ def meta_init(*, report: bool = False) -> Iterator[list[str]]:
         >>> m.weight.device
         device(type='meta')
     """
-    from torch.nn.utils._deferred_init import _context, _tape
+    from torch.nn.utils._deferred_init import _context, _loading, _tape  # noqa: F401
 
     lines: list[str] = []
     recorder = _context.Recorder(_tape.Tape(random=False), lines if report else None)
@@ -119,9 +120,14 @@ def deferred_init(fn: Any = None, /, *args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 
 
+def is_in_use() -> bool:
+    """Whether this process may have deferred tensors: what the rest of torch asks first, as it costs nothing."""
+    return f"{__name__}._tape" in sys.modules
+
+
 @contextmanager
 def _recording() -> Iterator[None]:
-    from torch.nn.utils._deferred_init import _context, _tape
+    from torch.nn.utils._deferred_init import _context, _loading, _tape  # noqa: F401
 
     around = _context.current()
     if around is not None and around.tape.random:
