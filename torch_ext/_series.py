@@ -162,25 +162,6 @@ any code, so that a file that is bad on one rank is an error of all.""",
         rfc="rfcs/RFC-0005-sharded-load.md",
     ),
     Patch(
-        name="device_context_meta",
-        subject="[utils] Let `with torch.device('meta')` override an explicit device",
-        summary='`with torch.device("meta"):` also overrides an explicit `device=`',
-        rationale="""\
-A module constructor that names a device escapes `with torch.device("meta")`
-and allocates and initializes memory that nobody asked for. On meta, and only
-there, the context now overrides an explicit device of factory functions.""",
-        files=(
-            "torch/utils/_device_constants.py",
-            "torch/utils/_device_memory.py",
-            "torch/utils/_device_meta.py",
-        ),
-        tests=(
-            "test/utils/device_factories.py",
-            "test/utils/test_device_context_constants.py",
-            "test/utils/test_device_context_meta.py",
-        ),
-    ),
-    Patch(
         name="deferred_init",
         subject="[nn] Add torch.nn.utils.deferred_init and meta_init",
         summary="`torch.nn.utils.deferred_init`, `materialize_module`: construct now, initialize later, bit for bit; "
@@ -204,6 +185,23 @@ bit, in any order.""",
             "test/nn/escapes.py",
         ),
         requires=("to_empty_skip_materialized", "load_state_dict_reuse_tensors"),
+        rfc="rfcs/RFC-0003-deferred-init.md",
+    ),
+    Patch(
+        name="device_context_meta",
+        subject="[utils] Let `with torch.device('meta')` override an explicit device",
+        summary='`with torch.device("meta"):` also overrides an explicit `device=`',
+        rationale="""\
+A module constructor that names a device escapes `with torch.device("meta")`
+and allocates and initializes memory that nobody asked for. On meta, and only
+there, the context now overrides an explicit device of factory functions.""",
+        files=("torch/utils/_device_meta.py",),
+        tests=(
+            "test/utils/device_factories.py",
+            "test/utils/test_device_context_constants.py",
+            "test/utils/test_device_context_meta.py",
+        ),
+        requires=("deferred_init",),
         rfc="rfcs/RFC-0003-deferred-init.md",
     ),
     Patch(

@@ -219,8 +219,11 @@ class TestScope(DeferredTestCase):
         self.assertEqual(torch.get_rng_state(), state)
 
     def test_in_and_around_meta_contexts(self):
-        with torch.device("meta"):
+        torch.set_default_device("meta")
+        try:
             module = nn.utils.deferred_init(nn.Linear, 2, 2)
+        finally:
+            torch.set_default_device(None)
         self.assertFalse(nn.utils.is_deferred(module))
         with nn.utils.meta_init():
             module = self.deferred(lambda: nn.Linear(2, 2))

@@ -40,7 +40,7 @@ def levels(n=5):
 
 
 def on_meta(make=levels):
-    with torch.device("meta"):
+    with nn.utils.meta_init():
         return make()
 
 
@@ -72,7 +72,7 @@ class Resets(list):
 
 def reset_in_order(names, make=levels):
     """An unsharded model that is constructed on meta, and its modules initialized in that order."""
-    model = on_meta(make).to_empty(device="cpu")
+    model = on_meta(make).to_empty(device="cpu", skip_materialized=True)
     for name in names:
         model.get_submodule(name).reset_parameters()
     return model
@@ -107,8 +107,10 @@ class MaterializeCase(MultiProcContinuousTest):
         for name in expected:
             self.assertEqual(got[name], expected[name], rtol=0, atol=0, msg=name)
 
-    def assert_once(self, resets):
-        self.assertEqual(sorted(resets), sorted(resets.names))
+    def assert_once(self, resets, known="norm"):
+        """Each module was reset once, but for those of which all values are known."""
+        names = [n for n in resets.names if n.rpartition(".")[2] != known]
+        self.assertEqual(sorted(resets), sorted(names))
 
     def train(self, model, steps=2):
         """Two steps on inputs that differ from rank to rank; the losses."""

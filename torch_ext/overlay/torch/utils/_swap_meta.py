@@ -141,7 +141,7 @@ def meta_ties(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
     """
     by_storage: dict[int, dict[int, Tensor]] = {}
     for tensor in tensors:
-        if not is_unshared(tensor) and not is_lazy(tensor):
+        if not is_lazy(tensor) and not is_unshared(tensor):
             key = tensor.untyped_storage()._cdata
             by_storage.setdefault(key, {})[id(tensor)] = tensor
     ties = (list(group.values()) for group in by_storage.values() if len(group) > 1)

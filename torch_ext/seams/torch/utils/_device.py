@@ -24,5 +24,7 @@ class DeviceContext:
     def __torch_function__(self, func, types, args=(), kwargs=None):
         block = getattr(self, "block", None)
         if block is not None:
-            return block.call(func, args, kwargs)
+            call = block.call
+            del self, block  # NB: a traceback must not keep the block open
+            return call(func, args, kwargs)
         ...

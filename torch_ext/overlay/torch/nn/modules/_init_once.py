@@ -44,9 +44,18 @@ def check_can_reset(modules: Mapping[str, Module]) -> None:
         )
 
 
-def initialize(modules: Sequence[Module], device: Device, init: Init) -> None:
-    """Give memory to what ``modules`` themselves have on meta, and initialize it; or raise, and leave it on meta."""
-    turns = Turns(modules)
+def initialize(
+    modules: Sequence[Module],
+    device: Device,
+    init: Init,
+    overwritable: Iterable[Tensor] = (),
+) -> None:
+    """Give memory to what ``modules`` themselves have on meta, and initialize it; or raise, and leave it on meta.
+
+    Args:
+        overwritable: tensors that have values, which ``init`` sees and may replace.
+    """
+    turns = Turns(modules, overwritable)
     turns.show_whole()
     fill = Fill(modules, device)
     try:
@@ -64,10 +73,15 @@ def initialize(modules: Sequence[Module], device: Device, init: Init) -> None:
 class Turns:
     """Which of ``modules`` are to be initialized: those that have something on meta now."""
 
-    def __init__(self, modules: Iterable[Module]) -> None:
+    def __init__(
+        self, modules: Iterable[Module], overwritable: Iterable[Tensor] = ()
+    ) -> None:
         self._modules = list(modules)
         tensors = {id(t): t for m in self._modules for t in own(m)}
-        self._done = {key: t for key, t in tensors.items() if not t.is_meta}
+        open_ = set(map(id, overwritable))
+        self._done = {
+            key: t for key, t in tensors.items() if not (t.is_meta or key in open_)
+        }
         self._parts: dict[int, Part] = {}
         self._coming = {m for m in self._modules if self.has_come(m)}
 

@@ -12,7 +12,7 @@ module) are shared no more. Other subclasses with ``__torch_dispatch__``, and wh
 sparse or quantized, go the way of the default ``to_empty``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -32,13 +32,19 @@ from torch.utils._swap_meta import (
 )
 
 
+# Give what they know the values of its memory, before the rest gets memory that is not initialized.
+fillers: list[Callable[[Iterable[Module], torch.device], None]] = []
 _always: ContextVar[bool] = ContextVar("to_empty_always_skips", default=False)
 
 
 def to_empty(module: Module, *, device: Device, recurse: bool = True) -> Module:
     """See :meth:`torch.nn.Module.to_empty` for ``skip_materialized=True``."""
     if device is not None:  # None is the device that a tensor is on
-        fill = Fill(module.modules() if recurse else [module], device)
+        modules = list(module.modules()) if recurse else [module]
+        # NB: what calls a `param_init_fn` leaves the values to that.
+        for fill_known in () if skips() else fillers:
+            fill_known(modules, torch.device(device))
+        fill = Fill(modules, device)
         # NB: some overrides know no `recurse`.
         module._apply(fill, **({} if recurse else {"recurse": False}))
     return module

@@ -15,6 +15,9 @@ from typing import Any, overload, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.modules.module import Module
+from torch.nn.utils._deferred_init import (
+    _originals as _originals,  # before others replace names
+)
 from torch.types import Device
 
 
@@ -243,7 +246,7 @@ def materialize_module(
         >>> torch.nn.utils.materialize_module(m)  # each rank its shards of Transformer(config)
     """
     from torch.nn.utils._deferred_init import _materialize
-    from torch.utils._sharded_meta import tell_fsdp
+    from torch.utils._sharded_meta import is_sharded, tell_fsdp
 
     target = torch.device(device) if device is not None else None
     if not skip_materialized:
@@ -251,13 +254,28 @@ def materialize_module(
     if init_fn is not None and buffers_only:
         raise ValueError("Expected buffers_only=False with init_fn, got both.")
     tensors = _materialize.chosen(module, buffers_only, check_fn)
-    if any(map(is_deferred, tensors)):
-        untouched = all(t.is_meta for t in tensors)
-        _materialize.materialize(tensors, (target, dtype), eager=untouched)
+    recorded = [t for t in tensors if is_deferred(t)]
+    known: list[Tensor] = []
+    if init_fn is not None:
+        known = [t for t in recorded if _materialize.is_from_meta_block(t)]
+        # NB: of a shard, init_fn is to see the whole.
+        left = {id(t) for t in known if is_sharded(t)}
+        recorded = [t for t in recorded if id(t) not in left]
+        known = [t for t in known if id(t) not in left]
+    lost = [t for t in tensors if _materialize.is_lost(t)]
+    initializes = init_fn is not None or any(
+        _materialize.is_sharded_on_meta(t) and not is_deferred(t) for t in tensors
+    )
+    if not initializes:
+        _materialize.check_known(module, lost)
+    untouched = all(t.is_meta for t in tensors)
+    undo = _materialize.materialize(recorded, (target, dtype), eager=untouched)
+    if initializes:
+        try:
+            _materialize.initialize(module, (target, dtype), check_fn, init_fn, known)
+        except BaseException:
+            undo()
+            raise
+    elif recorded:
         tell_fsdp(module)
-        by_default = False
-    else:
-        by_default = any(map(_materialize.is_sharded_on_meta, tensors))
-    if by_default or init_fn is not None:
-        _materialize.initialize(module, (target, dtype), check_fn, init_fn)
     return module

@@ -7,17 +7,26 @@ Under ``deferred_init`` tensors say that they are where eager construction would
 on it; under ``meta_init`` they say that they are on meta, since libraries that know meta look.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils._deferred_init._moves import deepcopy, move
+from torch.nn.utils._deferred_init._originals import (
+    builtins,
+    FREQUENCIES,
+    INITS,
+    METHODS,
+    methods,
+    NESTED_TENSOR,
+)
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._schema import (
+    as_device,
     below_modes,
     call_below,
+    called_by_library,
     is_plain,
     unknown,
     UnknownValue,
@@ -29,7 +38,10 @@ from torch.nn.utils._deferred_init._slot import (
     mark_of,
     META,
     Ref,
+    Slot,
     slot_of,
+    Unknown,
+    unknown_mark,
     WRITE,
 )
 from torch.nn.utils._deferred_init._tape import Filled, has_tensors, Node, tensors_in
@@ -48,27 +60,70 @@ Rule = Callable[["Recorder", Function, Args, Kwargs], Any]
 
 
 def make(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """A factory: ``torch.zeros(...)``."""
+    """A factory: ``torch.zeros(...)``, under ``deferred_init``."""
     named = kwargs.get("device")
-    device = recorder.device if named is None else torch.device(named)
-    ops = recorder.ops
-    if device.type == "meta" and ops.tape.random:  # the model's own
-        return call_below(func, args, {**kwargs, "device": META})
+    device = recorder.device if named is None else as_device(named)
+    if device.type == "meta":  # the model's own
+        made = call_below(func, args, {**kwargs, "device": META})
+        if is_plain(made):
+            attach(made.untyped_storage(), unknown_mark(func.__name__, is_lost=False))
+        return made
     if kwargs.get("out") is not None or _have_tensors(args, kwargs):
         return func(*args, **_moved(kwargs))
-    if recorder.report is not None and named is not None:
-        recorder.overridden(func, device)
     made = call_below(func, args, _moved(kwargs))
     if made.layout is not torch.strided or made.is_quantized or made.is_nested:
         return make_unplain(recorder, func, args, kwargs)
-    device = recorder.real_device(device)
-    if func in _whole_fills() and not kwargs.get("pin_memory"):
-        # NB: under meta_init only values matter, and nobody writes so much number by number to read it.
-        if ops.tape.random or made.nbytes <= _SMALL:
-            fill_with = _whole_fills()[func]
-            ops.fill(made, Filled(ops.tape, device, fill_with, (), None, made.dtype))
+    if func in _WHOLE_FILLS and not kwargs.get("pin_memory"):
+        filled = Filled(recorder.tape, device, _WHOLE_FILLS[func], (), None, made.dtype)
+        attach(made.untyped_storage(), filled)
         return made
-    slot = ops.slot(made, device)
+    return _record(recorder, func, args, kwargs, made, device)
+
+
+def make_on_meta(
+    recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs
+) -> Any:
+    """A factory in a meta block."""
+    named = kwargs.get("device")
+    if kwargs.get("out") is not None:
+        return func(*args, **kwargs)
+    if not recorder.makes() or (named is not None and called_by_library()):
+        return as_stock(recorder, func, args, kwargs)
+    if _have_tensors(args, kwargs):
+        return func(*args, **_moved(kwargs))
+    if recorder.report is not None and named is not None:
+        recorder.overridden(func, as_device(named))
+    made = call_below(func, args, _moved(kwargs))
+    if "layout" in kwargs and made.layout is not torch.strided:
+        return made
+    if func in _RANDOM:
+        attach(made.untyped_storage(), recorder.unknown(func.__name__))
+        return made
+    key = (func, named, made.dtype)
+    filled = recorder.fills.get(key)
+    if filled is None:
+        device = as_device(named) if named is not None else META
+        device = recorder.ops.computing_device(device)
+        if func not in _WHOLE_FILLS:
+            return _record(recorder, func, args, kwargs, made, device)
+        # NB: one for all storages, since a model has many.
+        filled = recorder.fills[key] = Filled(
+            recorder.tape, device, _WHOLE_FILLS[func], (), None, made.dtype
+        )
+    attach(made.untyped_storage(), filled)
+    return made
+
+
+def _record(
+    recorder: "Recorder",
+    func: Function,
+    args: Args,
+    kwargs: Kwargs,
+    made: Tensor,
+    device: torch.device,
+) -> Tensor:
+    """Record that ``made``, on meta, is what ``func`` makes on ``device``."""
+    slot = recorder.ops.slot(made, device)
     node = Node(func)
     node.args = args
     node.kwargs = {**kwargs, "device": device, "dtype": made.dtype}
@@ -76,13 +131,29 @@ def make(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
     ref = Ref(slot, made)
     node.outs = (ref,)
     node.fills = True
-    if func in _random():
-        ops.draw(node, func.__name__, ref)
+    if func in _RANDOM:
+        recorder.ops.draw(node, func.__name__, ref)
     node.touch((slot, FRESH))
     return made
 
 
-_SMALL = 1 << 20  # bytes
+def as_stock(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """A factory that is not this context's to decide about, such as one in a block of a real device."""
+    if _have_tensors(args, kwargs):
+        with reality():
+            args = tuple(map(recorder.ops.value, args))
+            kwargs = {k: recorder.ops.value(v) for k, v in kwargs.items()}
+    return recorder.passed_on(func, args, kwargs)
+
+
+def make_seen(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """A factory in a meta block, where another dispatch mode sees what is made."""
+    named = kwargs.get("device")
+    if kwargs.get("out") is not None:
+        return func(*args, **kwargs)
+    if not recorder.makes() or (named is not None and called_by_library()):
+        return as_stock(recorder, func, args, kwargs)
+    return func(*args, **_moved(kwargs))
 
 
 def _fill_with_ones(tensor: Tensor) -> Tensor:
@@ -99,7 +170,8 @@ def make_plainly(
     """``torch.normal(mean, std, size)``: a factory, unless it is given tensors."""
     if _have_tensors(args, kwargs):
         return func(*args, **kwargs)
-    return make(recorder, func, args, kwargs)
+    factory = make if recorder.tape.random else make_on_meta
+    return factory(recorder, func, args, kwargs)
 
 
 def _moved(kwargs: Kwargs) -> Kwargs:
@@ -113,25 +185,56 @@ def make_of_values(
 ) -> Any:
     """``torch.tensor(data)`` and its like: the data is there, so this is made, and then stood for."""
     named = kwargs.get("device")
-    device = recorder.device if named is None else torch.device(named)
-    ops = recorder.ops
-    if device.type == "meta" and ops.tape.random:
+    ops, is_meta = recorder.ops, not recorder.tape.random
+    if is_meta and (
+        not recorder.makes() or (named is not None and called_by_library())
+    ):
+        return as_stock(recorder, func, args, kwargs)
+    if args and isinstance(args[0], Tensor):
+        return _make_of_tensor(recorder, func, args, kwargs)
+    device = recorder.device if named is None else as_device(named)
+    if device.type == "meta" and not is_meta:
         with below_modes():
             return func(*args, **kwargs, **({} if named else {"device": device}))
     recorder.overridden(func, device if named is not None else None)
-    if not ops.tape.random and any(
-        slot_of(t) is None for t in tensors_in(args) if t.is_meta
-    ):
+    if is_meta and any(ops.slot_of(t) is None for t in tensors_in(args) if t.is_meta):
         return func(*args, **_moved(kwargs))
-    kwargs = {**kwargs, "device": recorder.real_device(device)}
+    kwargs = {**kwargs, "device": ops.computing_device(device)}
     leaf = kwargs.pop("requires_grad", False)
     with reality():
         real = func(*map(ops.value, args), **kwargs)
-    if not is_plain(real):
+    if not is_plain(real) or kwargs.get("copy") is False:
         return real
     # NB: as_tensor() and asarray() of an array share its memory.
-    made = ops.adopt(real, shared=func not in (torch.tensor, torch.scalar_tensor))
+    made = ops.adopt(real, shared=func not in _COPIES)
     return made.requires_grad_() if leaf else made
+
+
+def _make_of_tensor(
+    recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs
+) -> Any:
+    """``torch.as_tensor(t)``: a tensor is converted, and not read."""
+    data = args[0]
+    dtype = args[1] if len(args) > 1 else kwargs.get("dtype")
+    device = kwargs.get("device")
+    if not is_plain(data):
+        return func(*args, **kwargs)
+    made = data
+    if device is not None or not recorder.tape.random:
+        made = move(recorder, METHODS["to"], (made, device or META), {})
+    if dtype is not None:
+        made = made.to(dtype)
+    if func in _COPIES:
+        made = made.detach()
+    if (func in _COPIES or kwargs.get("copy")) and made is not data:
+        made = made.clone() if _shares(made, data) else made
+    elif kwargs.get("copy"):
+        made = made.clone()
+    return made.requires_grad_() if kwargs.get("requires_grad") else made
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def make_unplain(
@@ -139,22 +242,30 @@ def make_unplain(
 ) -> Any:
     """``torch.sparse_coo_tensor(...)``: what has no plain memory is real, or on meta if there is such a thing."""
     ops = recorder.ops
-    if not ops.tape.random and kwargs.get("device") is None:
-        kwargs = {**kwargs, "device": recorder.device}
+    if not ops.tape.random:
+        named = kwargs.get("device")
+        if not recorder.makes() or (named is not None and called_by_library()):
+            return as_stock(recorder, func, args, kwargs)
+        if named is None:
+            kwargs = {**kwargs, "device": recorder.device}
     with reality():
         args = tuple(map(ops.value, args))
         if any(t.is_meta for t in tensors_in(args)):
             return func(*args, **kwargs)
         named = kwargs.get("device")
         if named is not None:
-            kwargs = {**kwargs, "device": recorder.real_device(torch.device(named))}
+            kwargs = {**kwargs, "device": ops.computing_device(as_device(named))}
         return ops.unplain(func(*args, **kwargs))
 
 
 def make_like(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
     """``torch.zeros_like(t)``, ``t.new_zeros(...)``: the dispatcher sees them, with the device that is named."""
-    if kwargs.get("device") is not None:
-        recorder.overridden(func, torch.device(kwargs["device"]))
+    named = kwargs.get("device")
+    if named is not None and not recorder.tape.random:
+        if not recorder.makes() or called_by_library():
+            return as_stock(recorder, func, args, kwargs)
+        recorder.overridden(func, as_device(named))
+        kwargs = _moved(kwargs)
     return func(*args, **kwargs)
 
 
@@ -184,22 +295,22 @@ def fill(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
         args = (kwargs["tensor"],)
         kwargs = {k: v for k, v in kwargs.items() if k != "tensor"}
     target, *rest = args
-    mark, tape = mark_of(target), recorder.ops.tape
+    mark, tape = mark_of(target), recorder.tape
     if mark is None and (tape.random or not target.is_meta or not is_plain(target)):
         return func(*args, **kwargs)
     if _have_tensors(args[1:], kwargs):
         return func(*args, **kwargs)
-    if func in _inits():
-        if func is torch.nn.init.kaiming_uniform_ and target.dim() < 2:
+    if func in _INITS:
+        if func is INITS["kaiming_uniform_"] and target.dim() < 2:
             return func(*args, **kwargs)  # an error
     elif target.requires_grad and torch.is_grad_enabled():
         return func(*args, **kwargs)  # an error, for a leaf
-    if mark is None:  # nothing is known of it, nor will be
-        return target
-    draws = func not in _constant_fills()
-    if draws and not tape.random:
-        func, rest, kwargs = unknown(func.__name__), [], {}
-    if type(mark) is Filled and not (draws and tape.random) and _is_whole(target):
+    draws = func not in _CONSTANT_FILLS
+    if not tape.random and (draws or not isinstance(mark, (Filled, Slot))):
+        return _fill_on_meta(recorder, func, target, tuple(rest), kwargs, mark)
+    if isinstance(mark, Unknown):  # on meta on purpose
+        return func(*args, **kwargs)
+    if type(mark) is Filled and not draws and _is_whole(target):
         filled = Filled(tape, mark.device, func, tuple(rest), kwargs, target.dtype)
         attach(target.untyped_storage(), filled)
         return target
@@ -208,10 +319,42 @@ def fill(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
     ref = Ref(slot, target)
     node = Node(func)
     node.args, node.kwargs, node.fills = (ref, *rest), kwargs, True
-    if draws and tape.random:
+    if draws:
         recorder.ops.draw(node, func.__name__, ref)
     node.touch((slot, FRESH if ref.is_whole() else WRITE))
     recorder.ops.write_through(node)
+    return target
+
+
+def _fill_on_meta(
+    recorder: "Recorder",
+    func: Function,
+    target: Tensor,
+    args: Args,
+    kwargs: Kwargs,
+    mark: Any,
+) -> Tensor:
+    """In a meta block, a random fill, or a constant one of memory that nothing is known of."""
+    storage = target.untyped_storage()
+    if _is_whole(target):
+        if func in _CONSTANT_FILLS:
+            filled = Filled(
+                recorder.tape,
+                recorder.ops.computing_device(META),
+                func,
+                args,
+                kwargs,
+                target.dtype,
+            )
+            attach(storage, filled)
+        else:
+            attach(storage, recorder.unknown(func.__name__))
+    elif isinstance(mark, (Filled, Slot)):
+        slot = slot_of(target)
+        assert slot is not None
+        node = Node(unknown(func.__name__))
+        node.args = (Ref(slot, target),)
+        node.touch((slot, WRITE))
     return target
 
 
@@ -241,7 +384,7 @@ def set_storage(
 
 def tell(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
     """``t.item()``, ``t.tolist()``, ``t.numpy()`` ...: the truth."""
-    ops = recorder.ops
+    ops, grad = recorder.ops, torch.is_grad_enabled()
     with reality():
         try:
             shares = func.__name__ in ("numpy", "__array__", "__dlpack__")
@@ -250,13 +393,14 @@ def tell(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
         except UnknownValue as e:
             e.args = (f"{e} It is asked for by {func.__name__}, called at {where()}.",)
             raise
-        return func(*args, **kwargs)
+        with torch.set_grad_enabled(grad):  # numpy() refuses what requires a gradient
+            return func(*args, **kwargs)
 
 
 def tell_device(
     recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs
 ) -> Any:
-    slot = slot_of(args[0])
+    slot = recorder.ops.slot_of(args[0])
     return func(*args, **kwargs) if slot is None else slot.device
 
 
@@ -264,7 +408,7 @@ def tell_whether(
     recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs
 ) -> Any:
     """``t.is_cpu``, ``t.is_cuda``, ``t.is_meta``."""
-    slot = slot_of(args[0])
+    slot = recorder.ops.slot_of(args[0])
     if slot is None:
         return func(*args, **kwargs)
     return func.__self__.__name__ == f"is_{slot.device.type}"  # type: ignore[attr-defined]
@@ -274,7 +418,7 @@ def tell_address(
     recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs
 ) -> Any:
     """``t.data_ptr()``: a number to compare, as equal as addresses would be."""
-    if slot_of(args[0]) is None:
+    if recorder.ops.slot_of(args[0]) is None:
         return func(*args, **kwargs)
     start: int = args[0].untyped_storage()._cdata
     return start + args[0].storage_offset() * args[0].element_size()
@@ -282,7 +426,7 @@ def tell_address(
 
 def tell_type(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
     """``t.type()``; ``t.type(dtype)`` is a conversion."""
-    slot = slot_of(args[0])
+    slot = recorder.ops.slot_of(args[0])
     if slot is None or len(args) > 1 or kwargs:
         return func(*args, **kwargs)
     with reality():
@@ -291,82 +435,89 @@ def tell_type(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) 
 
 # -- the tables
 
-
-def _members(owner: object, names: str) -> list[Any]:
-    return [getattr(owner, name) for name in names.split() if hasattr(owner, name)]
-
-
-_DRAWS = """bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"""
-
-
-@functools.lru_cache(1)
-def _whole_fills() -> dict[Function, Function | None]:
-    """What is done to the memory of what these make, if anything."""
-    fills = dict.fromkeys(_members(torch, "empty empty_permuted empty_strided"))
-    return {**fills, torch.zeros: Tensor.zero_, torch.ones: _fill_with_ones}
-
-
-@functools.lru_cache(1)
-def _random() -> frozenset[Function]:
-    return frozenset(_members(torch, "normal rand randint randn randperm"))
-
-
-@functools.lru_cache(1)
-def _inits() -> frozenset[Function]:
-    names = "constant_ kaiming_uniform_ normal_ uniform_ _no_grad_trunc_normal_"
-    return frozenset(_members(torch.nn.init, names))
-
-
-@functools.lru_cache(1)
-def _constant_fills() -> frozenset[Function]:
-    return frozenset((*_members(Tensor, "fill_ zero_"), torch.nn.init.constant_))
-
-
-@functools.lru_cache(2)
-def rules(random: bool) -> dict[Function, Rule]:
-    """The rules of ``deferred_init`` (``random``) or of ``meta_init``."""
-    from torch.utils._device import _device_constructors
-
-    table: dict[Any, Rule] = dict.fromkeys(_device_constructors(), make)
-    table.update(dict.fromkeys(_members(torch, "normal range"), make_plainly))
-    values = _members(torch, "as_tensor asarray tensor scalar_tensor")
-    table.update(dict.fromkeys(values, make_of_values))
-    table.update(dict.fromkeys(_odd_factories(), make_unplain))
-    likes = (
+_FACTORIES = [
+    *builtins(
+        """arange bartlett_window blackman_window empty empty_permuted empty_strided eye full hamming_window
+        hann_window kaiser_window linspace logspace ones rand randint randn randperm tril_indices triu_indices zeros"""
+    ),
+    *FREQUENCIES,
+]
+_OF_VALUES = builtins("as_tensor asarray scalar_tensor tensor")
+_COPIES = frozenset(builtins("scalar_tensor tensor"))
+# Factories of what has no plain memory: sparse, quantized, nested tensors, or those of other tensors.
+_UNPLAIN = [
+    *builtins(
+        """sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor sparse_coo_tensor sparse_csc_tensor
+        sparse_csr_tensor empty_quantized from_file"""
+    ),
+    NESTED_TENSOR,
+]
+_LIKE = [
+    *builtins(
         "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
-    )
-    news = "new_empty new_empty_strided new_full new_ones new_zeros"
-    table.update(dict.fromkeys(_members(torch, likes), make_like))
-    table.update(dict.fromkeys(_members(Tensor, news), make_like))
-    table[Tensor.new] = new
-    table.update(dict.fromkeys(_members(Tensor, f"{_DRAWS} fill_ zero_"), fill))
-    table.update(dict.fromkeys(_inits(), fill))
+    ),
+    *methods("new_empty new_empty_strided new_full new_ones new_tensor new_zeros"),
+]
+_READS = [
+    *methods(
+        """__array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __index__ __int__ allclose
+        equal is_nonzero item numpy tolist"""
+    ),
+    *builtins("allclose equal is_nonzero"),
+]
+_DRAWS = methods(
+    "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
+)
+_INITS = frozenset(INITS.values())
+_CONSTANT_FILLS = frozenset((*methods("fill_ zero_"), INITS["constant_"]))
+_RANDOM = frozenset(builtins("normal rand randint randn randperm"))
+# What is done to the memory of what these make, if anything.
+_WHOLE_FILLS: dict[Function, Function | None] = {
+    **dict.fromkeys(builtins("empty empty_permuted empty_strided")),
+    **dict.fromkeys(builtins("zeros"), METHODS["zero_"]),
+    **dict.fromkeys(builtins("ones"), _fill_with_ones),
+}
+
+
+def _rules(factory: Rule) -> dict[Function, Rule]:
+    """The rules of a context in which ``factory`` is that of factories."""
     data: Any = Tensor.data
-    table[data.__set__] = set_data
-    table[Tensor.set_] = set_storage
-    table[Tensor.__deepcopy__] = deepcopy
-    table.update(dict.fromkeys((Tensor.to, Tensor.cpu, Tensor.cuda), move))
-    reads = """__array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__
-        __index__ __int__ allclose equal is_nonzero item numpy tolist"""
-    table.update(dict.fromkeys(_members(Tensor, reads), tell))
-    table.update(dict.fromkeys(_members(torch, "allclose equal is_nonzero"), tell))
-    if random:
-        _look_real(table)
-    return table
+    return {
+        **dict.fromkeys(_FACTORIES, factory),
+        **dict.fromkeys(builtins("normal range"), make_plainly),
+        **dict.fromkeys(_OF_VALUES, make_of_values),
+        **dict.fromkeys(_UNPLAIN, make_unplain),
+        **dict.fromkeys(_LIKE, make_like),
+        METHODS["new"]: new,
+        **dict.fromkeys((*_DRAWS, *methods("fill_ zero_"), *_INITS), fill),
+        data.__set__: set_data,
+        METHODS["set_"]: set_storage,
+        METHODS["__deepcopy__"]: deepcopy,
+        **dict.fromkeys(methods("to cpu cuda"), move),
+        **dict.fromkeys(_READS, tell),
+    }
 
 
-def _look_real(table: dict[Any, Rule]) -> None:
-    for name in ("is_cpu", "is_cuda", "is_meta"):
-        table[getattr(Tensor, name).__get__] = tell_whether
+def _look_real() -> dict[Function, Rule]:
+    looks: Any = (Tensor.is_cpu, Tensor.is_cuda, Tensor.is_meta)
     device: Any = Tensor.device
-    table[device.__get__] = tell_device
-    table[Tensor.data_ptr] = tell_address
-    table[Tensor.type] = tell_type
-    table.update(dict.fromkeys(_members(Tensor, "__repr__ __str__ get_device"), tell))
+    return {
+        **{look.__get__: tell_whether for look in looks},
+        device.__get__: tell_device,
+        METHODS["data_ptr"]: tell_address,
+        METHODS["type"]: tell_type,
+        **dict.fromkeys(methods("__repr__ __str__ get_device"), tell),
+    }
 
 
-def _odd_factories() -> list[Any]:
-    """Factories of what has no plain memory: sparse, quantized, nested tensors, or those of other tensors."""
-    sparse = """sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor sparse_coo_tensor
-        sparse_csc_tensor sparse_csr_tensor empty_quantized from_file"""
-    return [*_members(torch, sparse), torch.nested.nested_tensor]
+# By whether random numbers are recorded: those of deferred_init, and of a meta block.
+RULES: dict[bool, dict[Function, Rule]] = {
+    True: {**_rules(make), **_look_real()},
+    False: _rules(make_on_meta),
+}
+# Those of a meta block where other dispatch modes see the ops.
+SEEN_RULES: dict[Function, Rule] = {
+    **dict.fromkeys((*_FACTORIES, *_OF_VALUES, *_UNPLAIN), make_seen),
+    **dict.fromkeys(_LIKE, make_like),
+    **dict.fromkeys(_READS, tell),
+}

@@ -1,36 +1,71 @@
-"""The context in which a module is constructed without memory: what is switched on, for whom, and off again.
+"""The contexts in which a module is constructed without memory: who decides about a call, and what is switched on.
 
-A function mode answers the calls of Python, a dispatch mode the ops; under ``meta_init`` registration hooks catch what
-is real when it becomes a parameter or buffer. Law: however the block is left, everything is as it was outside, and a
-thread or generator that was started inside and outlives it is outside, too.
+A function mode answers the calls of Python, a dispatch mode the ops, and under a meta block registration hooks catch a
+real tensor that becomes a parameter or buffer. Law: the innermost context decides; however it is left, everything is as
+it was outside, and a thread or generator that was started inside and outlives it is outside, too.
 
-Threads that are started inside are inside. Nothing reaches a scripted function (``torch.jit.script``), and a tensor
-that is made without the dispatcher (``frombuffer``, ``from_dlpack``, ``from_file``) stays real until a module or an op
-gets it.
+Nothing reaches a scripted function (``torch.jit.script``), and a tensor that is made without the dispatcher
+(``frombuffer``, ``from_dlpack``, ``from_file``) stays real until a module or an op on a recorded tensor gets it.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._C import _get_function_stack_at, _len_torch_function_stack
+from torch.nn.modules import _to_empty
 from torch.nn.modules import module as _module
 from torch.nn.parameter import is_lazy
-from torch.nn.utils._deferred_init._calls import rules
+from torch.nn.utils._deferred_init import _materialize
+from torch.nn.utils._deferred_init._calls import Rule, RULES, SEEN_RULES
 from torch.nn.utils._deferred_init._ops import Ops
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._schema import below_modes, is_plain, where
-from torch.nn.utils._deferred_init._slot import CPU, FRESH, META, READ, Ref, slot_of
-from torch.nn.utils._deferred_init._tape import Node, Tape
+from torch.nn.utils._deferred_init._slot import (
+    attach,
+    CPU,
+    FRESH,
+    mark_of,
+    META,
+    NAME,
+    READ,
+    Ref,
+    slot_of,
+    Unknown,
+    unknown_mark,
+)
+from torch.nn.utils._deferred_init._tape import Filled, Node, Tape
 from torch.overrides import _get_current_function_mode_stack, TorchFunctionMode
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, TorchDispatchMode
+
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+
+
+class _State(threading.local):
+    """What this thread is doing.
+
+    Attributes:
+        handling: the recorder that handles a call of Python now; contexts around it let that call through.
+        reals: how many blocks of a real device, inside of a meta block, a call came through.
+        modes: how many of the dispatch modes of this thread are ours.
+    """
+
+    handling: "Recorder | None" = None
+    reals = 0
+    modes = 0
+
+
+state = _State()
 
 
 class Recorder:
-    """One context, in whatever threads it is."""
+    """What one context, in whatever threads it is, does to the calls inside of it."""
 
     def __init__(self, tape: Tape, report: list[str] | None = None) -> None:
         self.tape = tape
@@ -38,45 +73,139 @@ class Recorder:
         self.ops = Ops(tape, self.device if tape.random else CPU)
         self.report = report
         self._twins: dict[int, tuple[Tensor, Tensor | None]] = {}  # what was registered
+        self._rule = RULES[tape.random].get
+        self._others = _other_dispatch_modes() if tape.random else 0
+        self._fake = _fake_mode()
+        self._hooks: list[Any] = []
+        self.fills: dict[Any, Filled] = {}  # of factories in a meta block
+        tape.is_remembered = tape.random or not _is_in_deferred_init()
+
+    def unknown(self, cause: str) -> Unknown:
+        """The mark of random values, which a meta block does not record."""
+        return unknown_mark(cause, self.tape.is_remembered)
+
+    # -- calls
+
+    def call(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+    ) -> Any:
+        """Answer a call of Python that a function mode saw."""
+        if state.handling is not None or self.tape.closed:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        rule = self._rule(func)
+        # NB: what another dispatch mode is to see is made without a short cut.
+        if _other_dispatch_modes() != self._others or _fake_mode() is not self._fake:
+            if self.tape.random:
+                return func(*args, **kwargs) if kwargs else func(*args)
+            rule = SEEN_RULES.get(func)
+        elif rule is None and not self.tape.random and is_unrecorded(args, kwargs):
+            guard = torch._C._DisableTorchDispatch()  # as long as it lives
+            try:
+                return func(*args, **kwargs) if kwargs else func(*args)
+            finally:
+                del guard
+        return self._handle(rule, func, args, kwargs)
+
+    def _handle(
+        self,
+        rule: Rule | None,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+    ) -> Any:
+        state.handling = self
+        try:
+            if rule is not None:
+                return rule(self, func, args, kwargs or {})
+            return func(*args, **kwargs) if kwargs else func(*args)
+        finally:
+            state.handling = None
+
+    def makes(self) -> bool:
+        """Whether new tensors are of this context, as they are not in a block of a real device inside of it."""
+        return not state.reals
+
+    def passed_on(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Let the contexts around this one answer the call."""
+        state.handling = None
+        try:
+            return func(*args, **kwargs)
+        finally:
+            state.handling = self
+
+    def op(
+        self,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Answer an op that a dispatch mode saw."""
+        if self.tape.closed or _fake_mode() is not self._fake:
+            return func(*args, **kwargs)
+        if state.handling is not None:
+            follows, makes = state.handling is self, not state.reals
+        else:
+            first, maker = deciding()
+            follows, makes = first is self, maker is self
+        if not (follows or makes):
+            return func(*args, **kwargs)
+        if not self.tape.random and torch._C._is_torch_function_all_disabled():
+            makes = (
+                False  # as in stock, where DisableTorchFunction turns the context off
+            )
+        # NB: function modes are on here, and would lie to us about devices.
+        with torch._C.DisableTorchFunction():
+            return self.ops.call(func, args, kwargs, makes)
+
+    # -- open and closed
+
+    def open(self) -> None:
+        """From now on real tensors are exchanged as modules register them."""
+        # NB: in deferred_init what is real stays the very tensor that it is.
+        if not self.tape.random:
+            self._hooks = [
+                _module.register_module_parameter_registration_hook(self._register),
+                _module.register_module_buffer_registration_hook(self._register),
+            ]
+
+    def close(self) -> None:
+        """The context has ended, in all threads."""
+        self.tape.closed = True
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for stream in self.tape.streams():
+            stream.suspend()
+        self.ops.twins.clear()
+        self._twins.clear()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Let this thread be inside."""
-        before = getattr(_thread, "recorder", None)
-        with _OpMode(self), (_Calls if self.tape.random else _MetaCalls)(self):
-            _thread.recorder = self
+        mode = OpMode(self)
+        with (_Calls if self.tape.random else _MetaCalls)(self):
+            mode.push()
             try:
                 yield
             finally:
-                _thread.recorder = before
-
-    def is_innermost(self) -> bool:
-        """Whether this is what decides about the calls of this thread."""
-        return not self.tape.closed and current() is self
+                mode.remove()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """The whole context, from its beginning to its end."""
-        # NB: in deferred_init what is real stays the very tensor that it is.
-        hooks = []
-        if not self.tape.random:
-            hooks = [
-                _module.register_module_parameter_registration_hook(self._register),
-                _module.register_module_buffer_registration_hook(self._register),
-            ]
+        self.open()
         try:
             with _threads_inherit(), self.entered():
                 yield
         finally:
-            self.tape.closed = True
-            for hook in hooks:
-                hook.remove()
-            for stream in self.tape.streams():
-                stream.suspend()
-            if not self.tape.random:
-                self.ops.forget()
-            self.ops.twins.clear()
-            self._twins.clear()
+            self.close()
+
+    # -- what rules ask for
 
     def overridden(self, func: Callable[..., Any], device: torch.device | None) -> None:
         """Report a call that would have made a real tensor under ``torch.device("meta")``."""
@@ -84,16 +213,17 @@ class Recorder:
             name = getattr(func, "__name__", str(func))
             self.report.append(f"{where()}: {name}, device={str(device)!r}")
 
-    def real_device(self, device: torch.device) -> torch.device:
-        """Where values that are asked for are computed, of a tensor that is to be on ``device``."""
-        return device if self.tape.random else CPU
-
     def _register(self, module: torch.nn.Module, name: str, tensor: Any) -> Any:
         """Let a module have, instead of a real parameter or buffer, what stands for it."""
         if tensor is None or current() is not self:
             return None
         with torch._C.DisableTorchFunction():
-            if tensor.is_meta or is_lazy(tensor) or not is_plain(tensor):
+            if tensor.is_meta:
+                if mark_of(tensor) is None and is_plain(tensor):
+                    mark = self.unknown("an op on unknown values")
+                    attach(tensor.untyped_storage(), mark)
+                return None
+            if is_lazy(tensor) or not is_plain(tensor):
                 return None
             if self.report is not None:
                 kind = type(module).__name__
@@ -101,7 +231,7 @@ class Recorder:
             _, twin = self._twins.setdefault(id(tensor), (tensor, None))
             if twin is None:
                 with reality():
-                    twin = self.ops.adopt(tensor.detach())
+                    twin = self.ops.adopt(tensor.detach(), shared=True)
                     if type(tensor) is not Tensor:
                         twin = Tensor._make_subclass(type(tensor), twin)
                     twin.requires_grad_(tensor.requires_grad)
@@ -125,20 +255,84 @@ class Recorder:
         return made
 
 
-_thread = threading.local()
+def is_unrecorded(args: Any, kwargs: dict[str, Any] | None) -> bool:
+    """Whether nothing that is recorded takes part in a call, and all tensors in it are on one side: meta, or real."""
+    if kwargs and "device" in kwargs:
+        return False
+    sides = 0
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        sides |= _side(value)
+    return sides == 1 or sides == 2
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _side(value: Any) -> int:
+    """0: no tensor; 1: on meta; 2: real; 4: recorded, or not known to be a plain tensor."""
+    kind = type(value)
+    if kind in _TENSORS:
+        try:
+            mark = value.untyped_storage().__dict__.get(NAME)
+        except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
+            return 4
+        if mark is not None and type(mark) is not Unknown:
+            return 4
+        return 1 if value.is_meta else 2
+    if kind is list or kind is tuple:
+        sides = 0
+        for item in value:
+            sides |= _side(item)
+        return sides
+    return 4 if kind is torch.device or isinstance(value, Tensor) else 0
+
+
+def deciding() -> tuple[Recorder | None, Recorder | None]:
+    """Of the contexts that this thread is in: who follows what is recorded, and who decides about new tensors.
+
+    That is the innermost one, but a block of a real device takes new tensors from the meta blocks around it.
+    """
+    first, in_real = None, state.reals > 0
+    for i in range(_len_torch_function_stack() - 1, -1, -1):
+        block = getattr(_get_function_stack_at(i), "block", None)
+        if block is None:
+            continue
+        recorder: Recorder | None = block.recorder
+        if recorder is None:
+            in_real = True
+            continue
+        first = first or recorder
+        if recorder.tape.random or not in_real:
+            return first, recorder
+    return first, None
 
 
 def current() -> Recorder | None:
-    """The innermost context that this thread is in."""
-    return getattr(_thread, "recorder", None)
+    """The context that decides about new tensors in this thread."""
+    if state.handling is not None:
+        return None if state.reals else state.handling
+    return deciding()[1]
+
+
+def _is_in_deferred_init() -> bool:
+    for mode in _get_current_function_mode_stack():
+        block = getattr(mode, "block", None)
+        if (
+            block is not None
+            and block.recorder is not None
+            and block.recorder.tape.random
+        ):
+            return True
+    return False
 
 
 class _Calls(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self.device = META  # of _MetaCalls
-        self.rule = rules(recorder.tape.random).get
-        self.below = _dispatch_modes()
+
+    @property
+    def block(self) -> "_Calls":
+        return self
 
     __enter__ = TorchFunctionMode.__enter__
     __exit__ = TorchFunctionMode.__exit__
@@ -146,43 +340,52 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        rule = self.rule(func)
-        recorder = self.recorder
-        # NB: a dispatch mode that was entered inside of the context has the first say.
-        if (
-            rule is None
-            or recorder.tape.closed
-            or getattr(_thread, "recorder", None) is not recorder
-            or _dispatch_modes() != self.below
-        ):
-            return func(*args, **kwargs) if kwargs else func(*args)
-        return rule(recorder, func, args, kwargs or {})
+        return self.recorder.call(func, args, kwargs)
 
 
 class _MetaCalls(_Calls, DeviceContext):
-    """For those who look: this is a context of the meta device."""
+    """A DeviceContext, so that code that searches the stack of modes for one finds the meta device."""
+
+    device = META
 
 
-class _OpMode(TorchDispatchMode):
+class OpMode(TorchDispatchMode):
+    """The dispatch mode of a recorder in one thread."""
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
-        self.fake = _fake_mode()
+        self.left = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # NB: the default imports torch._dynamo with the first op
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # NB: a FakeTensorMode lies below all others, also if it was entered inside of the context.
-        if not self.recorder.is_innermost() or _fake_mode() is not self.fake:
-            return func(*args, **(kwargs or {}))
-        # NB: function modes are on here, and would lie to us about devices.
-        with torch._C.DisableTorchFunction():
-            return self.recorder.ops.call(func, args, kwargs or {})
+        return self.recorder.op(func, args, kwargs or {})
+
+    def push(self) -> None:
+        _remove_left()
+        self.__enter__()
+        state.modes += 1
+
+    def remove(self) -> None:
+        """Take this off the stack; if other modes lie above it, it does nothing there, and is taken off later."""
+        self.left = True
+        _remove_left()
 
 
-def _dispatch_modes() -> tuple[int, Any]:
-    """What tells the dispatch modes that are on from others."""
-    return torch._C._len_torch_dispatch_stack(), _fake_mode()
+def _remove_left() -> None:
+    while isinstance(mode := _get_current_dispatch_mode(), OpMode) and mode.left:
+        mode.__exit__(None, None, None)
+        state.modes -= 1
+
+
+def _other_dispatch_modes() -> int:
+    """How many dispatch modes are on in this thread that are not ours."""
+    return torch._C._len_torch_dispatch_stack() - state.modes
 
 
 def _fake_mode() -> Any:
@@ -192,7 +395,10 @@ def _fake_mode() -> Any:
 def _default_device() -> torch.device:
     """The device of factories that name none, where the context is entered."""
     for mode in reversed(_get_current_function_mode_stack()):
-        if isinstance(mode, DeviceContext) and not isinstance(mode, _MetaCalls):
+        block = getattr(mode, "block", None)
+        if isinstance(mode, DeviceContext) and (
+            block is None or block.recorder is None
+        ):
             return mode.device
     return CPU
 
@@ -232,3 +438,6 @@ def _start_inside(thread: threading.Thread) -> None:
 
         thread.run = run_inside  # type: ignore[method-assign]
     _start(thread)
+
+
+_to_empty.fillers.append(_materialize.fill)

@@ -21,11 +21,12 @@ from torch.nn.modules._init_once import (
 from torch.nn.modules._init_once import (
     initialize as initialize_once,
 )
-from torch.nn.modules._to_empty import own
+from torch.nn.modules._to_empty import own, own_dicts
 from torch.nn.modules.module import Module
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import is_lazy, Parameter
 from torch.nn.utils._deferred_init._random import reality
-from torch.nn.utils._deferred_init._slot import Ref, Slot, slot_of
+from torch.nn.utils._deferred_init._schema import is_unknown
+from torch.nn.utils._deferred_init._slot import mark_of, Ref, Slot, slot_of, Unknown
 from torch.nn.utils._deferred_init._tape import (
     lock,
     memory_of,
@@ -52,10 +53,72 @@ def is_deferred(value: Any) -> bool:
         return any(is_deferred(t) for m in value.modules() for t in tensors_of(m))
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected a Tensor or a Module, got {type(value).__name__}.")
-    with (
-        torch._C.DisableTorchFunction()
-    ):  # lazy parameters, and whoever is inside of a context
-        return value.is_meta and slot_of(recorded(value)) is not None
+    # Lazy parameters have functions of their own, and contexts answer for the device.
+    with torch._C.DisableTorchFunction():
+        return value.is_meta and known_slot(value) is not None
+
+
+def known_slot(tensor: Tensor) -> Slot | None:
+    """The slot of ``tensor``, on meta, if its values are recorded."""
+    slot = slot_of(recorded(tensor))
+    if slot is None or not slot.tape.is_remembered:
+        return None
+    if slot.tape.random:
+        return slot
+    # NB: a parameter that a constructor leaves uninitialized is to be loaded or initialized; a buffer is memory to use.
+    if not slot.events and slot.real is None and isinstance(tensor, Parameter):
+        return None
+    return None if any(is_unknown(node) for node in pending([slot])) else slot
+
+
+def is_from_meta_block(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` are known from a meta block, which records no random initialization."""
+    slot = known_slot(tensor)
+    return slot is not None and not slot.tape.random
+
+
+def is_lost(tensor: Tensor) -> bool:
+    """Whether ``tensor`` was put on meta by a context that has no record of its values."""
+    with torch._C.DisableTorchFunction():
+        if not tensor.is_meta or known_slot(tensor) is not None:
+            return False
+        mark = mark_of(recorded(tensor))
+        if isinstance(mark, Unknown):
+            return mark.is_lost
+        return mark is not None and mark.tape.is_remembered
+
+
+def fill(modules: Iterable[Module], device: torch.device) -> None:
+    """Materialize, of the parameters and buffers of ``modules``, those whose values are recorded."""
+    materialize([t for m in modules for t in own(m)], (device, None), eager=False)
+
+
+def check_known(module: Module, tensors: Iterable[Tensor]) -> None:
+    """Raise if one of ``tensors``, of ``module``, would be left on meta though nothing says that it belongs there."""
+    lost = {id(t): t for t in tensors if is_lost(t)}
+    if not lost:
+        return
+    names = {
+        id(t): f"{prefix}.{name}".lstrip(".")
+        for prefix, m in module.named_modules()
+        for kept in own_dicts(m)
+        for name, t in kept.items()
+    }
+    described = [
+        names.get(key, f"an attribute of shape {list(t.shape)}")
+        for key, t in lost.items()
+    ]
+    shown = ", ".join(described[:_SHOWN])
+    more = len(described) - _SHOWN
+    raise RuntimeError(
+        "Expected every tensor of the module to be loaded or to have recorded values, got on meta without any: "
+        f"{shown}{f' and {more} more' if more > 0 else ''}. Random initialization is recorded by deferred_init alone, "
+        "and what is done to a module on meta afterwards is not recorded. Load them first, pass init_fn, or call "
+        "to_empty(skip_materialized=True), which leaves them uninitialized."
+    )
+
+
+_SHOWN = 8
 
 
 def is_recorded(tensor: Tensor) -> bool:
@@ -74,8 +137,10 @@ def recorded(tensor: Tensor) -> Tensor:
     return local_of(tensor) if part is None else part.view
 
 
-def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
-    """Materialize those of ``tensors`` that are deferred.
+def materialize(
+    tensors: Iterable[Tensor], target: Target, eager: bool
+) -> Callable[[], None]:
+    """Materialize those of ``tensors`` that are deferred; returns what puts them back to meta.
 
     Args:
         target: device and floating dtype; None is that of eager construction.
@@ -86,7 +151,7 @@ def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
         slots: dict[Slot, list[Tensor]] = {}
         shards: dict[Slot, list[Tensor]] = {}
         for tensor in found.values():
-            slot = slot_of(recorded(tensor))
+            slot = known_slot(tensor)
             assert slot is not None
             kind = shards if is_sharded(tensor) else slots
             kind.setdefault(slot, []).append(tensor)
@@ -102,6 +167,9 @@ def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
             for slot, group in shards.items():
                 drawn |= slot.drawn
                 pairs += _cut(slot, group, target)
+            specs = [
+                (tensor, tensor._spec) for tensor, _ in pairs if is_sharded(tensor)
+            ]
             swap_all([tensor for tensor, _ in pairs], [data for _, data in pairs])
             for tensor, shell in pairs:
                 if is_sharded(tensor):
@@ -111,6 +179,13 @@ def materialize(tensors: Iterable[Tensor], target: Target, eager: bool) -> None:
             tapes = {slot.tape for slot in (*slots, *shards) if slot.tape.closed}
             for stream in {s for tape in tapes for s in tape.streams()}:
                 stream.finish()
+
+    def undo() -> None:
+        swap_all([tensor for tensor, _ in pairs], [data for _, data in pairs])
+        for tensor, spec in specs:
+            tensor._spec = spec
+
+    return undo
 
 
 def _cut(
@@ -232,13 +307,16 @@ def initialize(
     target: Target,
     check_fn: Callable[[Module], bool] | None,
     init_fn: Callable[[Module], None] | None,
+    known: Iterable[Tensor],
 ) -> None:
-    """Initialize what is on meta of ``module`` and was not recorded."""
+    """Initialize what is on meta of ``module`` and was not recorded; ``init_fn`` may change ``known``, too."""
     device, dtype = target
+    ids = set(map(id, known))
     modules = {
         name: m
         for name, m in module.named_modules()
-        if (check_fn is None or check_fn(m)) and any(t.is_meta for t in own(m))
+        if (check_fn is None or check_fn(m))
+        and any(t.is_meta or id(t) in ids for t in own(m))
     }
     tensors = [t for m in modules.values() for t in own(m) if t.is_meta]
     sharded = [t for t in tensors if is_sharded(t)]
@@ -262,7 +340,7 @@ def initialize(
         raise ValueError(
             "Expected a device for tensors that no deferred_init recorded, got None."
         )
-    initialize_once(list(modules.values()), device, init_fn or reset_parameters)
+    initialize_once(list(modules.values()), device, init_fn or reset_parameters, known)
     tell_fsdp(module)
 
 

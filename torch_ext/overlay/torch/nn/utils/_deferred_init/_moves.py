@@ -11,7 +11,11 @@ from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn.utils._deferred_init._ops import encode, Ops
-from torch.nn.utils._deferred_init._schema import below_modes, is_plain
+from torch.nn.utils._deferred_init._schema import (
+    below_modes,
+    called_by_library,
+    is_plain,
+)
 from torch.nn.utils._deferred_init._slot import FRESH, META, READ, Ref, Slot, slot_of
 from torch.nn.utils._deferred_init._tape import Node
 
@@ -27,19 +31,25 @@ Kwargs = dict[str, Any]
 def move(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
     """``t.to(...)``, ``t.cpu()``, ``t.cuda()``: a tensor is where it would be, or stays on meta."""
     tensor, *rest = args
-    target, kwargs = _parse_to(func, rest, kwargs)
+    target, options = _parse_to(func, rest, kwargs)
     if target is None or not is_plain(tensor):
         return func(*args, **kwargs)
-    ops, slot = recorder.ops, slot_of(tensor)
+    ops = recorder.ops
     if not ops.tape.random:
-        recorder.overridden(func, target)
         if not tensor.is_meta:
-            tensor = ops.adopt(tensor)
-    elif slot is None or target == META:
-        return tensor.to(target, **kwargs)
-    elif not _same(target, slot.device):
-        return recorder.copied(tensor, target, kwargs)
-    return tensor.to(**{"dtype": tensor.dtype, **kwargs})
+            if target.type == tensor.device.type:
+                return func(*args, **kwargs)
+            if called_by_library():
+                return recorder.passed_on(func, args, kwargs)
+            tensor = ops.adopt(tensor, shared=True)
+        recorder.overridden(func, target)
+        return tensor.to(**{"dtype": tensor.dtype, **options})
+    slot = ops.slot_of(tensor)
+    if slot is None or target == META:
+        return tensor.to(target, **options)
+    if not _same(target, slot.device):
+        return recorder.copied(tensor, target, options)
+    return tensor.to(**{"dtype": tensor.dtype, **options})
 
 
 def _parse_to(
@@ -75,7 +85,7 @@ def _same(one: torch.device, other: torch.device) -> bool:
 def deepcopy(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
     """``copy.deepcopy(t)``: tensors that share a storage share a copy of it."""
     tensor, memo = args
-    slot = slot_of(tensor)
+    slot = recorder.ops.slot_of(tensor)
     if slot is None or not tensor.is_leaf or type(tensor) is not Tensor:
         return func(*args, **kwargs)
     if id(tensor) in memo:

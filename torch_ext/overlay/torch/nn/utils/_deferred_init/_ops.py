@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.utils._deferred_init._random import count, reality
 from torch.nn.utils._deferred_init._schema import (
     below_modes,
+    called_by_library,
     is_plain,
+    is_unknown,
     Op,
     op_of,
     unknown,
@@ -24,19 +26,20 @@ from torch.nn.utils._deferred_init._schema import (
 from torch.nn.utils._deferred_init._slot import (
     attach,
     CPU,
-    detach,
     FRESH,
+    mark_of,
     META,
     READ,
     Ref,
     Slot,
     slot_of,
     slot_on,
+    Unknown,
+    unknown_mark,
     WRITE,
 )
 from torch.nn.utils._deferred_init._tape import (
     Constant,
-    Filled,
     has_tensors,
     in_place,
     name_of,
@@ -57,24 +60,32 @@ class Ops:
     def __init__(self, tape: Tape, device: torch.device) -> None:
         self.tape = tape
         self.device = device  # of what names none
-        self.storages: list[torch.UntypedStorage] = []
         self.twins: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     # -- tensors
 
     def slot(self, tensor: Tensor, device: torch.device) -> Slot:
         """The slot of what was made on meta instead of on ``device``."""
-        storage = tensor.untyped_storage()
-        if not self.tape.random:
-            self.storages.append(storage)
-        return slot_on(storage, self.tape, device)
+        return slot_on(
+            tensor.untyped_storage(), self.tape, self.computing_device(device)
+        )
 
-    def fill(self, tensor: Tensor, filled: Filled) -> None:
-        """Let ``tensor``, which has all of its storage for itself, be ``filled``."""
-        storage = tensor.untyped_storage()
-        if not self.tape.random:
-            self.storages.append(storage)
-        attach(storage, filled)
+    def slot_of(self, tensor: Tensor) -> Slot | None:
+        """The slot of ``tensor``, if it is under construction here."""
+        slot = slot_of(tensor)
+        # NB: what a meta block inside of deferred_init made is on meta on purpose.
+        if slot is not None and self.tape.random and not slot.tape.random:
+            return None
+        return slot
+
+    def computing_device(self, device: torch.device) -> torch.device:
+        """Where values are computed of a tensor that is to be on ``device``."""
+        # NB: in a meta block one may name a device that is not there.
+        if self.tape.random or device.type == "cpu":
+            return device
+        if device.type == "meta" or not _is_available(device.type):
+            return CPU
+        return device
 
     def adopt(self, real: Tensor, shared: bool = False) -> Tensor:
         """A tensor on meta that stands for ``real``, whose memory it will have, and may share with an array."""
@@ -96,8 +107,6 @@ class Ops:
             slot = Slot(self.tape, storage.nbytes(), storage.device)
             slot.real = storage
             attach(twin, slot)
-            if not self.tape.random:
-                self.storages.append(twin)
             # NB: both are kept, so that neither address is given to another storage.
             found = self.twins[storage._cdata] = (twin, storage)
         return found[0]
@@ -105,8 +114,11 @@ class Ops:
     def value(self, value: Any, handed_over: bool = False) -> Any:
         """The real tensor that ``value`` stands for, in a list as well; other values as they are."""
         if isinstance(value, Tensor):
-            slot = slot_of(value)
+            slot = self.slot_of(value)
             if slot is None:
+                mark = mark_of(value)
+                if isinstance(mark, Unknown) and mark.is_lost:
+                    raise UnknownValue(mark.cause)
                 return value
             replay((slot,), handed_over)
             if handed_over:  # and may come back
@@ -120,12 +132,10 @@ class Ops:
             return type(value)(map(self.value, value))
         return value
 
-    def forget(self) -> None:
-        """What was made stands for nothing any more, and what it stood for is freed."""
-        for storage in self.storages:
-            detach(storage)
-        self.storages.clear()
-        self.twins.clear()
+    def _value_if_known(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and self.slot_of(value) is None:
+            return value
+        return self.value(value)
 
     # -- ops
 
@@ -134,16 +144,29 @@ class Ops:
         func: "OpOverload[..., Any]",
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        makes: bool = True,
     ) -> Any:
-        """Do what ``func`` does as far as it can be done on meta, and record the rest."""
+        """Do what ``func`` does as far as it can be done on meta, and record the rest.
+
+        Args:
+            makes: whether tensors that ``func`` makes of nothing are to be on meta.
+        """
         op = op_of(func)
         tensors = list(tensors_in((*args, *kwargs.values())))
-        known = [t for t in tensors if is_plain(t) and slot_of(t) is not None]
+        known = [t for t in tensors if is_plain(t) and self.slot_of(t) is not None]
         if not all(is_plain(t) for t in tensors):
             if not known:
                 return func(*args, **kwargs)
             return self.execute(op, func, args, kwargs)
         real = [t for t in tensors if not t.is_meta]
+        if op.communicates and known:
+            return self.communicate(func, args, kwargs)
+        if not self.tape.random and len(real) == len(tensors):
+            return self._outside(op, func, args, kwargs, tensors, makes)
+        named = kwargs.get("device")
+        if not makes and op.device and named is not None and named != META:
+            with reality():
+                return func(*_map(self._value_if_known, args), **kwargs)
         # NB: meta kernels make plain tensors of what is to be quantized.
         if "quantize" in op.name or "affine" in op.name:
             return self.execute(op, func, args, kwargs)
@@ -165,6 +188,36 @@ class Ops:
             return self._view(func, args, kwargs)
         return self._record(op, func, args, kwargs)
 
+    def _outside(
+        self,
+        op: Op,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        makes: bool,
+    ) -> Any:
+        """In a meta block, a factory, or an op on real tensors: those come from outside, and stay real."""
+        named = kwargs.get("device")
+        lifted = op.name in ("lift_fresh", "lift")
+        if named == META and not tensors:  # by C++ beside a tensor on meta
+            return self._make(op, func, args, kwargs, tensors)
+        if not (makes and (op.device or lifted)) or called_by_library():
+            return func(*args, **kwargs)
+        if (
+            tensors
+            and not lifted
+            and (named is None or _is_moved_to_itself(op, named, tensors))
+        ):
+            return func(*args, **kwargs)
+        if lifted:
+            # A legacy constructor; NB: memory of NumPy, which cannot be resized, comes from outside.
+            owned = args[0].untyped_storage().resizable()
+            return self.adopt(args[0], shared=True) if owned else args[0]
+        if not tensors:
+            return self._make(op, func, args, kwargs, tensors)
+        return self._record(op, func, args, kwargs)
+
     def _make(
         self,
         op: Op,
@@ -176,7 +229,7 @@ class Ops:
         """A factory, or an op on tensors of which nothing is known."""
         named = kwargs.get("device", META)
         if not op.device or self.device == META or (tensors and named == META):
-            return func(*args, **kwargs)
+            return self._on_purpose(op, func(*args, **kwargs))
         if tensors and op.name == "_to_copy":  # an error, out of meta
             return func(*args, **kwargs)
         # NB: a model's own tensor on meta never comes here. This is one that C++ makes beside another tensor, as
@@ -184,6 +237,15 @@ class Ops:
         if named == META:
             kwargs = {**kwargs, "device": self.device}
         return self._record(op, func, args, kwargs)
+
+    def _on_purpose(self, op: Op, made: Any) -> Any:
+        """Under deferred_init, note that the model itself put ``made`` on meta."""
+        if self.tape.random:
+            for tensor in tensors_in((made,)):
+                if tensor.is_meta and is_plain(tensor) and mark_of(tensor) is None:
+                    mark = unknown_mark(op.name, is_lost=False)
+                    attach(tensor.untyped_storage(), mark)
+        return made
 
     def _view(
         self,
@@ -210,6 +272,10 @@ class Ops:
         if op.name in ("linspace", "logspace") and kwargs.get("device") == META:
             kwargs = {**kwargs, "device": self.device}  # factories, as in _make
         device = kwargs.get("device") or _device_of(tensors)
+        if op.device and not self.tape.random:
+            device = self.computing_device(torch.device(device))
+            if op.places["device"] >= len(args):
+                kwargs = {**kwargs, "device": device}
         on_meta = {k: _map(_shape, v) for k, v in kwargs.items() if k != "generator"}
         if op.device:
             on_meta["device"] = META
@@ -226,7 +292,7 @@ class Ops:
         outs = list(tensors_in((made,)))
         if not written and not all(is_plain(t) for t in outs):
             return self.execute(op, func, args, kwargs)
-        fresh = [t for t in outs if slot_of(t) is None]
+        fresh = [t for t in outs if self.slot_of(t) is None]
         for tensor in fresh:
             self.slot(tensor, torch.device(device))
         self._add(op, func, args, kwargs, written or outs, fresh)
@@ -269,7 +335,8 @@ class Ops:
         if op.random:
             self.draw(node, op.name, refs[0])
         node.touch(*kinds.items())
-        self.write_through(node)
+        if not is_unknown(node):
+            self.write_through(node)
 
     def write_through(self, node: Node) -> None:
         """Do now what ``node`` writes to memory that others see."""
@@ -309,7 +376,9 @@ class Ops:
         if op.random and kwargs.get("generator") is None and self.tape.random:
             self.tape.stream(_device_of(tensors_in(args))).sync()
         written = op.written(args, kwargs)
+        slots = [slot for t in written if (slot := self.slot_of(t)) is not None]
         with reality():
+            replay(slots, handed_over=True)  # what reads them is done before the write
             try:
                 args = tuple(map(self.value, args))
                 kwargs = {k: self.value(v) for k, v in kwargs.items()}
@@ -322,6 +391,30 @@ class Ops:
                 return None
             return written[0] if isinstance(made, Tensor) else tuple(written)
         return _map(self._adopt_plain, made)
+
+    def communicate(
+        self,
+        func: "OpOverload[..., Any]",
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call ``func``, which sends tensors to other ranks, now and with the memory that they have from now on."""
+        given: dict[int, Tensor] = {}
+
+        def real(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            memory = self.value(value, handed_over=True)
+            given[id(memory)] = value
+            return memory
+
+        real_args = _map(real, args)
+        real_kwargs = {k: _map(real, v) for k, v in kwargs.items()}
+        with reality():
+            made = func(*real_args, **real_kwargs)
+        return _map(
+            lambda v: given[id(v)] if id(v) in given else self._adopt_plain(v), made
+        )
 
     def _adopt_plain(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.is_meta:
@@ -345,12 +438,24 @@ class Ops:
         kwargs: dict[str, Any],
     ) -> Any:
         """An op on something of which nothing is known: neither is what it writes to."""
-        made = func(*_map(_shape, args), **kwargs)
-        for tensor in op.written(args, kwargs):
-            if (slot := slot_of(tensor)) is not None:
+        written = op.written(args, kwargs)
+        if not all(t.is_meta for t in written):
+            source = next(t for t in tensors_in(args) if self._is_nothing_known(t))
+            cause = getattr(mark_of(source), "cause", "an op on unknown values")
+            error = UnknownValue(cause)
+            error.args = (
+                f"{error} {op.name}, called at {where()}, writes it to a real tensor.",
+            )
+            raise error
+        made = self._on_purpose(op, func(*_map(_shape, args), **kwargs))
+        for tensor in written:
+            if (slot := self.slot_of(tensor)) is not None:
                 node = Node(unknown(name_of(func)))
                 node.touch((slot, WRITE))
         return made
+
+    def _is_nothing_known(self, tensor: Tensor) -> bool:
+        return tensor.is_meta and self.slot_of(tensor) is None
 
     def with_twin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Sequence[Any]:
         """The arguments of ``set_`` with a source that is on meta as the target is."""
@@ -376,6 +481,15 @@ def encode(value: Any) -> Any:
         return value
     slot = slot_of(value)
     return Constant(value) if slot is None else Ref(slot, value)
+
+
+def _is_moved_to_itself(op: Op, device: torch.device, tensors: list[Tensor]) -> bool:
+    return op.name == "_to_copy" and device.type == tensors[0].device.type
+
+
+def _is_available(device_type: str) -> bool:
+    module = getattr(torch, device_type, None)
+    return module is not None and bool(module.is_available())
 
 
 def _shape(value: Any) -> Any:

@@ -40,6 +40,9 @@ _FILLS = frozenset(
 )
 
 
+_COMMUNICATION = frozenset(("c10d", "c10d_functional", "_c10d_functional"))
+
+
 class Op:
     """What the schema of an op tells about it."""
 
@@ -58,6 +61,7 @@ class Op:
         self.fills = self.name in _FILLS
         returns = func._schema.returns
         self.views = any(r.alias_info for r in returns) and not self.writes
+        self.communicates = func.namespace in _COMMUNICATION
         self.tells = not any("Tensor" in str(r.type) for r in returns)
 
     def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -75,20 +79,30 @@ def op_of(func: "OpOverload[..., Any]") -> Op:
 
 
 class UnknownValue(RuntimeError):
-    """A value was asked for that nobody can know."""
+    """A value was asked for that is not recorded."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"Expected a value that is known while a module is constructed on meta, got one that {cause} makes, which "
+            "draws random numbers or reads what has no data. Use torch.nn.utils.deferred_init instead, which records "
+            "random numbers, too."
+        )
 
 
 @functools.lru_cache(None)
 def unknown(name: str) -> Callable[..., Any]:
-    """Stands for a call whose result nobody can know."""
+    """Stands for a call whose result is not recorded; raises :class:`UnknownValue`."""
 
     def fail(*args: Any, **kwargs: Any) -> Any:
-        raise UnknownValue(
-            f"Expected a value that can be known while a module is constructed on meta, got one that {name} makes, "
-            "which draws random numbers or reads what has no data. (Did you mean torch.nn.utils.deferred_init?)"
-        )
+        raise UnknownValue(name)
 
+    fail.is_unknown = True  # type: ignore[attr-defined]
     return fail
+
+
+def is_unknown(node: Any) -> bool:
+    """Whether what a recorded call makes is not recorded."""
+    return hasattr(node.func, "is_unknown")
 
 
 def where() -> str:
@@ -100,6 +114,39 @@ def where() -> str:
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+# Modules that make tensors for a purpose of their own, on the device of a storage, a file or a process group.
+_MAKERS = (
+    *("torch._utils", "torch._load_lazy", "torch._weights_only_unpickler"),
+    *("torch.serialization", "torch.storage", "torch.multiprocessing", "torch.hub"),
+    *("torch.package", "torch.jit", "torch.distributed", "torch.nn.parallel"),
+    *("torch.utils.data", "torch._subclasses", "torch._dynamo", "torch._inductor"),
+    *("torch._functorch", "torch.export", "torch.fx", "torch.testing"),
+    "safetensors",
+)
+_OURS = (__package__ or "", "torch.utils._device", "torch.overrides", "torch._ops")
+
+
+def called_by_library() -> bool:
+    """Whether the innermost caller is code of torch (or safetensors) that makes tensors for itself.
+
+    The device that it names is that of a storage, a file or a process group, not a user's choice.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(_OURS):
+            return bool(name.startswith(_MAKERS))
+        frame = frame.f_back
+    return False
+
+
+def as_device(named: Any) -> torch.device:
+    """The device that a call names; a number is one of CUDA's, also where torch is built without."""
+    return (
+        torch.device("cuda", named) if isinstance(named, int) else torch.device(named)
+    )
 
 
 def is_plain(value: Any) -> bool:

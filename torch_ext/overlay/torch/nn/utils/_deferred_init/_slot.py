@@ -9,6 +9,7 @@ and ``set_`` are no events; whoever ends up with the storage ends up with its hi
 Law: ``Ref.of(t).tensor()`` lies in the slot's memory as ``t`` lies in its storage.
 """
 
+import functools
 from typing import Any, TYPE_CHECKING
 
 import torch
@@ -63,8 +64,30 @@ class Slot:
         return self.real
 
 
-def mark_of(tensor: Tensor) -> "Slot | Filled | None":
-    """What stands for the memory of ``tensor``: its slot, or one to be."""
+class Unknown:
+    """Marks a storage on meta whose values are not recorded.
+
+    Attributes:
+        cause: name of the op that made them.
+        is_lost: whether a tensor is lost by it: False for what a model puts on meta on purpose, which
+            :func:`torch.nn.utils.materialize_module` leaves there.
+    """
+
+    __slots__ = ("cause", "is_lost")
+
+    def __init__(self, cause: str, is_lost: bool) -> None:
+        self.cause = cause
+        self.is_lost = is_lost
+
+
+@functools.cache
+def unknown_mark(cause: str, is_lost: bool = True) -> Unknown:
+    """The mark of ``cause``; one for all storages, since a model has many."""
+    return Unknown(cause, is_lost)
+
+
+def mark_of(tensor: Tensor) -> "Slot | Filled | Unknown | None":
+    """What is known of the memory of ``tensor``."""
     try:
         return tensor.untyped_storage().__dict__.get(NAME)
     except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
@@ -76,18 +99,20 @@ def slot_of(tensor: Tensor) -> Slot | None:
     mark = mark_of(tensor)
     if mark is None or isinstance(mark, Slot):
         return mark
+    if isinstance(mark, Unknown):
+        return None
     return mark.become_slot(tensor.untyped_storage())
 
 
 def slot_on(storage: torch.UntypedStorage, tape: "Tape", device: torch.device) -> Slot:
     """The slot of ``storage``, on meta, which from now on stands for memory on ``device`` if it had none."""
-    mark: Slot | Filled | None = storage.__dict__.get(NAME)
-    if mark is None:
+    mark: Slot | Filled | Unknown | None = storage.__dict__.get(NAME)
+    if mark is None or isinstance(mark, Unknown):
         mark = storage.__dict__[NAME] = Slot(tape, storage.nbytes(), device)
     return mark if isinstance(mark, Slot) else mark.become_slot(storage)
 
 
-def attach(storage: torch.UntypedStorage, mark: "Slot | Filled") -> None:
+def attach(storage: torch.UntypedStorage, mark: "Slot | Filled | Unknown") -> None:
     """Let ``storage``, on meta, stand for the memory of a slot."""
     storage.__dict__[NAME] = mark
 

@@ -155,10 +155,15 @@ class Tape:
 
     Args:
         random: whether random ops have their values, or none at all.
+
+    Attributes:
+        is_remembered: whether what is known is known after the context, too. Not so in a meta block inside of
+            deferred_init, where the model itself puts it on meta.
     """
 
     def __init__(self, random: bool) -> None:
         self.random = random
+        self.is_remembered = True
         self.closed = False
         self._streams: dict[torch.device, Stream] = {}
 
