@@ -98,33 +98,3 @@ class Module:
         if hasattr(fn, "_apply_to_module"):  # changes tensors in place
             return fn._apply_to_module(self, recurse)
         ...
-
-    @seam("deferred_init", base=("cfd90b625b9e0f19",))
-    def to(self, *args, **kwargs):
-        from torch.nn.utils import _deferred_init
-
-        if _deferred_init.is_in_use():
-            from torch.nn.utils._deferred_init import _module_to
-
-            _module_to.materialize_for_to(self, args, kwargs)
-        ...
-
-    @seam("deferred_init", base=("231b65a5ca283fe2",))
-    def cuda(self, device=None):
-        from torch.nn.utils import _deferred_init
-
-        if _deferred_init.is_in_use():
-            from torch.nn.utils._deferred_init import _module_to
-
-            _module_to.materialize_for_cuda(self, device)
-        ...
-
-    @seam("deferred_init", base=("98fb585c4175e987",))
-    def cpu(self):
-        from torch.nn.utils import _deferred_init
-
-        if _deferred_init.is_in_use():
-            from torch.nn.utils._deferred_init import _module_to
-
-            _module_to.materialize_for_cpu(self)
-        ...

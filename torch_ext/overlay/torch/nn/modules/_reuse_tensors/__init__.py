@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules._reuse_tensors._around import around_load
+from torch.nn.modules._reuse_tensors import _around
 from torch.nn.modules._reuse_tensors._commit import commit, roll_back, Undo
 from torch.nn.modules._reuse_tensors._journal import Journal
 from torch.nn.modules._reuse_tensors._memory import note_taken
@@ -90,7 +90,7 @@ def load_state_dict(
             raise
     if not is_mapping:
         return _load(module, state_dict, metadata, strict)
-    with around_load(module, state_dict, True):
+    with _around.around_load(module, state_dict, True):
         return _load(module, state_dict, metadata, strict)
 
 

@@ -1,7 +1,4 @@
-"""What a later patch does around each load: :mod:`torch.nn.utils._deferred_init`, once a module was deferred.
-
-The normal path pays for one look at a global. Nothing is imported here; the later patch registers itself.
-"""
+"""What runs around each load: nothing, until :mod:`torch.nn.utils._deferred_init`, of a later patch, sets itself here."""
 
 from __future__ import annotations
 
@@ -12,21 +9,7 @@ from typing import Any
 from torch.nn import Module
 
 
-# NB: called with the module, the state dict, and whether tensors of the module are replaced (assign=True) or exchanged
-# (reuse_tensors=True) instead of being copied to.
-Around = Callable[[Module, Mapping[str, Any], bool], AbstractContextManager[None]]
-_around: Around | None = None
-_nothing = nullcontext()
-
-
-def register(around: Around) -> None:
-    """Let each load run in the context that ``around`` returns."""
-    global _around
-    _around = around
-
-
-def around_load(
-    module: Module, state_dict: Mapping[str, Any], replaces: bool
-) -> AbstractContextManager[None]:
-    """The context in which one load runs."""
-    return _nothing if _around is None else _around(module, state_dict, replaces)
+# NB: called with the module, the state dict, and whether this is a load with reuse_tensors=True.
+around_load: Callable[
+    [Module, Mapping[str, Any], bool], AbstractContextManager[None]
+] = lambda *_: nullcontext()  # noqa: E731

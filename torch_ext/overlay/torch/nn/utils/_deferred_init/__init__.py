@@ -7,7 +7,6 @@ Law: ``materialize_module(deferred_init(f))`` is ``f()``, bit for bit.
 This file has what users call; it is imported with torch, and the rest with the first call.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, overload, ParamSpec, TypeVar
@@ -123,11 +122,6 @@ def deferred_init(fn: Any = None, /, *args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 
 
-def is_in_use() -> bool:
-    """Whether this process may have deferred tensors: what the rest of torch asks first, as it costs nothing."""
-    return f"{__name__}._tape" in sys.modules
-
-
 @contextmanager
 def _recording() -> Iterator[None]:
     from torch.nn.utils._deferred_init import _context, _loading, _tape  # noqa: F401
@@ -187,7 +181,8 @@ def materialize_tensor(
         part = _materialize.shard(tensor, index)
         floating = dtype if part.is_floating_point() else None
         return part.to(device=target, dtype=floating)
-    _materialize.materialize([tensor], (target, dtype), eager=False)
+    slots, _ = _materialize.materialize([tensor], (target, dtype))
+    _materialize.finish(slots)
     return tensor
 
 
@@ -269,7 +264,8 @@ def materialize_module(
     if not initializes:
         _materialize.check_known(module, lost)
     untouched = all(t.is_meta for t in tensors)
-    undo = _materialize.materialize(recorded, (target, dtype), eager=untouched)
+    slots, undo = _materialize.materialize(recorded, (target, dtype))
+    _materialize.finish(slots, eager=untouched)
     if initializes:
         try:
             _materialize.initialize(module, (target, dtype), check_fn, init_fn, known)

@@ -90,7 +90,8 @@ def is_lost(tensor: Tensor) -> bool:
 
 def fill(modules: Iterable[Module], device: torch.device) -> None:
     """Materialize, of the parameters and buffers of ``modules``, those whose values are recorded."""
-    materialize([t for m in modules for t in own(m)], (device, None), eager=False)
+    slots, _ = materialize([t for m in modules for t in own(m)], (device, None))
+    finish(slots)
 
 
 def check_known(module: Module, tensors: Iterable[Tensor]) -> None:
@@ -121,14 +122,6 @@ def check_known(module: Module, tensors: Iterable[Tensor]) -> None:
 _SHOWN = 8
 
 
-def is_recorded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is deferred, and a context of ``deferred_init`` knows all of its values."""
-    if not is_deferred(tensor):
-        return False
-    slot = slot_of(recorded(tensor))
-    return slot is not None and slot.tape.random
-
-
 def recorded(tensor: Tensor) -> Tensor:
     """What was recorded of ``tensor``: of a shard, the view of the whole tensor that it was cut from."""
     if not is_sharded(tensor):
@@ -138,13 +131,12 @@ def recorded(tensor: Tensor) -> Tensor:
 
 
 def materialize(
-    tensors: Iterable[Tensor], target: Target, eager: bool
-) -> Callable[[], None]:
-    """Materialize those of ``tensors`` that are deferred; returns what puts them back to meta.
+    tensors: Iterable[Tensor], target: Target
+) -> tuple[Iterable[Slot], Callable[[], None]]:
+    """Materialize those of ``tensors`` that are deferred; returns their slots, for :func:`finish`, and what undoes it.
 
     Args:
         target: device and floating dtype; None is that of eager construction.
-        eager: whether the generators are put where eager construction leaves them even if nothing is drawn.
     """
     with torch._C.DisableTorchFunction():
         found = {id(t): t for t in tensors if is_deferred(t)}
@@ -156,7 +148,6 @@ def materialize(
             kind = shards if is_sharded(tensor) else slots
             kind.setdefault(slot, []).append(tensor)
         unmoved = [slot for slot in slots if target not in slot.moved]
-        drawn = any(slot.drawn for slot in slots)
         replay(unmoved, handed_over=True)
         with lock, reality():
             pairs = [
@@ -165,7 +156,6 @@ def materialize(
                 for tensor in group
             ]
             for slot, group in shards.items():
-                drawn |= slot.drawn
                 pairs += _cut(slot, group, target)
             specs = [
                 (tensor, tensor._spec) for tensor, _ in pairs if is_sharded(tensor)
@@ -174,18 +164,27 @@ def materialize(
             for tensor, shell in pairs:
                 if is_sharded(tensor):
                     tensor._spec = shell._spec  # type: ignore[attr-defined]
-        if drawn or (eager and found):
-            # NB: while a context is open its generator is marked, and is put right when it is left.
-            tapes = {slot.tape for slot in (*slots, *shards) if slot.tape.closed}
-            for stream in {s for tape in tapes for s in tape.streams()}:
-                stream.finish()
 
     def undo() -> None:
         swap_all([tensor for tensor, _ in pairs], [data for _, data in pairs])
         for tensor, spec in specs:
             tensor._spec = spec
 
-    return undo
+    return [*slots, *shards], undo
+
+
+def finish(slots: Iterable[Slot], eager: bool = False) -> None:
+    """After ``slots`` were materialized, put the generators where eager construction leaves them.
+
+    Args:
+        eager: also if no random op was recorded for them.
+    """
+    slots = list(slots)
+    if eager or any(slot.drawn for slot in slots):
+        # NB: while a context is open its generator is marked, and is put right when it is left.
+        tapes = {slot.tape for slot in slots if slot.tape.closed}
+        for stream in {s for tape in tapes for s in tape.streams()}:
+            stream.finish()
 
 
 def _cut(
