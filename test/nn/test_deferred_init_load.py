@@ -1,6 +1,7 @@
 # Owner(s): ["module: nn"]
 """load_state_dict of a module with deferred tensors: once materialized it is as if eagerly constructed and loaded."""
 
+import functools
 import itertools
 
 import torch
@@ -51,6 +52,10 @@ def _model(kind):
 KINDS = ("plain", "pre-hook", "post-hook", "override", "tied", "views")
 
 
+def _is_norm(module):
+    return isinstance(module, nn.BatchNorm1d)
+
+
 class TestLoad(DeferredTestCase):
     def _state_dicts(self, kind, part):
         """The same state dict, real and in a mapped file."""
@@ -83,10 +88,9 @@ class TestLoad(DeferredTestCase):
             return load(_model(kind))
 
         expected, state = self.eager(eager)
-        if inside:
-            module = self.deferred(eager)
-        else:
-            module = load(self.deferred(lambda: _model(kind)))
+        module = self.deferred(eager if inside else lambda: _model(kind))
+        if not inside:
+            load(module)
         nn.utils.materialize_module(module)
         self.assertSame(expected, module)
         # NB: where a load replaces all that was drawn, nothing has to be drawn.
@@ -113,7 +117,7 @@ class TestLoad(DeferredTestCase):
                 except RuntimeError as e:  # never silently the constant
                     self.assertEqual(mode, {})
                     self.assertIn("lin.weight", str(e))
-                    nn.utils.materialize_module(module, check_fn=lambda m: m is module)
+                    nn.utils.materialize_module(module, check_fn=_is_norm)
                 for k, v in module.state_dict().items():
                     if not v.is_meta:
                         self.assertEqual(v, sd[k], msg=k)
@@ -122,8 +126,9 @@ class TestLoad(DeferredTestCase):
         sd = _model("plain").state_dict()
         sd["3.weight"] = torch.ones(2)
         for kind in KINDS:
-            expected, state = self.eager(lambda: _model(kind))
-            module = self.deferred(lambda: _model(kind))
+            make = functools.partial(_model, kind)
+            expected, state = self.eager(make)
+            module = self.deferred(make)
             before = torch.get_rng_state()
             with self.assertRaisesRegex(RuntimeError, "size mismatch for 3.weight"):
                 module.load_state_dict(sd, strict=False, reuse_tensors=True)
@@ -160,6 +165,38 @@ class TestGenerator(DeferredTestCase):
                 break
             self.assertEqual(torch.get_rng_state(), state)
             self.assertEqual(module.weight.is_meta, order is reversed)
+
+
+class _Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+        self.plain = torch.rand(4)
+
+    def forward(self, x):
+        return self.norm(self.b(self.a(x))) + self.table * self.plain
+
+
+class TestScripted(DeferredTestCase):
+    def test_is_materialized(self):
+        def f():
+            return torch.jit.script(_Scripted())
+
+        expected, state = self.eager(f)
+        for holder in (lambda m: m, nn.Sequential):
+            module = self.deferred(f)
+            bias = module.a.bias
+            nn.utils.materialize_module(holder(module))
+            self.assertEqual(torch.get_rng_state(), state)
+            self.assertIs(module.a.bias, bias)
+            self.assertEqual(module.a.weight.data_ptr(), module.b.weight.data_ptr())
+            for k, v in expected.state_dict().items():
+                self.assertEqual(module.state_dict()[k], v, rtol=0, atol=0, msg=k)
+            x = torch.ones(3, 4)
+            self.assertEqual(module(x), expected(x), rtol=0, atol=0)
 
 
 if __name__ == "__main__":

@@ -264,13 +264,16 @@ def materialize_module(
     if not initializes:
         _materialize.check_known(module, lost)
     untouched = all(t.is_meta for t in tensors)
+    put_back = _materialize.put_back_scripted(module)
     slots, undo = _materialize.materialize(recorded, (target, dtype))
+    put_back()
     _materialize.finish(slots, eager=untouched)
     if initializes:
         try:
             _materialize.initialize(module, (target, dtype), check_fn, init_fn, known)
         except BaseException:
             undo()
+            put_back()
             raise
     elif recorded:
         tell_fsdp(module)

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.modules._reuse_tensors import _around
 from torch.nn.modules._reuse_tensors._stock import runs_torchs_own
@@ -77,7 +76,7 @@ def _materialized(module: Module, state_dict: Mapping[str, Any]) -> Iterator[Non
         if t.is_meta and not is_sharded(t) and _is_seen(t):
             tensors[id(t)] = t
     found = [t for t in tensors.values() if is_deferred(t)]
-    slots, undo = materialize(found, (None, None)) if found else ((), None)
+    slots, undo = materialize(found, (None, None))
     recorder = _context.innermost()
     if odd and recorder is not None:
         for stream in recorder.tape.streams():
@@ -85,8 +84,7 @@ def _materialized(module: Module, state_dict: Mapping[str, Any]) -> Iterator[Non
     try:
         yield
     except BaseException:
-        if undo is not None:
-            undo()
+        undo()
         raise
     finish(slots)
 

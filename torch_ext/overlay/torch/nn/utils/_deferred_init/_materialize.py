@@ -180,7 +180,9 @@ def finish(slots: Iterable[Slot], eager: bool = False) -> None:
         eager: also if no random op was recorded for them.
     """
     slots = list(slots)
-    if eager or any(slot.drawn for slot in slots):
+    for slot in slots:
+        slot.tape.drawn |= slot.drawn
+    if eager or any(slot.tape.drawn for slot in slots):
         # NB: while a context is open its generator is marked, and is put right when it is left.
         tapes = {slot.tape for slot in slots if slot.tape.closed}
         for stream in {s for tape in tapes for s in tape.streams()}:
@@ -283,6 +285,24 @@ def _computed(slot: Slot) -> Callable[[Ref], Tensor]:
     for node in pending([slot]):
         run(node, scratch, take)
     return scratch
+
+
+def put_back_scripted(module: Module) -> Callable[[], None]:
+    """What lets each scripted module below ``module`` have the tensors that it has now, after their exchange."""
+    # NB: it holds the impl of a tensor, where others hold the Python object.
+    kept = [
+        (tensors, dict(tensors.items()))
+        for m in module.modules()
+        if isinstance(m, torch.jit.ScriptModule)
+        for tensors in own_dicts(m)
+    ]
+
+    def put_back() -> None:
+        for tensors, found in kept:
+            for name, tensor in found.items():
+                tensors[name] = tensor
+
+    return put_back
 
 
 def chosen(

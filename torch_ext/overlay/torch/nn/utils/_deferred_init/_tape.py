@@ -159,12 +159,14 @@ class Tape:
     Attributes:
         is_remembered: whether what is known is known after the context, too. Not so in a meta block inside of
             deferred_init, where the model itself puts it on meta.
+        drawn: whether something was materialized for which it recorded random ops.
     """
 
     def __init__(self, random: bool) -> None:
         self.random = random
         self.is_remembered = True
         self.closed = False
+        self.drawn = False
         self._streams: dict[torch.device, Stream] = {}
 
     def stream(self, device: torch.device) -> Stream:
