@@ -42,6 +42,7 @@ class MetaBlock:
 
     def __init__(self) -> None:
         # NB: that imports torch.utils._device, which imports this.
+        from torch.nn.utils._deferred_init import _loading  # noqa: F401
         from torch.nn.utils._deferred_init._context import OpMode, Recorder
         from torch.nn.utils._deferred_init._tape import Tape
 

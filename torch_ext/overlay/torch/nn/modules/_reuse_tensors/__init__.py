@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules._reuse_tensors import _around
 from torch.nn.modules._reuse_tensors._commit import commit, roll_back, Undo
 from torch.nn.modules._reuse_tensors._journal import Journal
 from torch.nn.modules._reuse_tensors._memory import note_taken
@@ -87,6 +88,19 @@ def load_state_dict(
             if (sharding := sharding_of(module)) is not None:
                 sharding.agree(error)
             raise
+    if not is_mapping:
+        return _load(module, state_dict, metadata, strict)
+    with _around.around_load(module, state_dict, True):
+        return _load(module, state_dict, metadata, strict)
+
+
+def _load(
+    module: Module,
+    state_dict: Mapping[str, Any],
+    metadata: Mapping[str, dict[str, Any]] | None,
+    strict: bool,
+) -> _LoadedKeys:
+    is_mapping = isinstance(state_dict, Mapping)
     planned = plan_plain(module, state_dict) if is_mapping else None
     if planned is not None:
         plan, missing = planned

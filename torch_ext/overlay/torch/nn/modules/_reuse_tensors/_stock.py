@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.nn.modules._reuse_tensors import _around
 from torch.nn.modules.module import _IncompatibleKeys
 
 
@@ -26,7 +27,8 @@ def load(
     local_state_dict: OrderedDict[str, Any] = OrderedDict(state_dict)
     if walk.metadata is not None:
         local_state_dict._metadata = walk.metadata  # type: ignore[attr-defined]
-    walk.visit(module, local_state_dict, "")
+    with _around.around_load(module, state_dict, False):
+        walk.visit(module, local_state_dict, "")
     raise_errors(module, walk.keys, walk.error_msgs, strict)
     return walk.keys
 

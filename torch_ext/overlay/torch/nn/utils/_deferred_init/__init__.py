@@ -64,7 +64,7 @@ def meta_init(*, report: bool = False) -> Iterator[list[str]]:
         >>> m.weight.device
         device(type='meta')
     """
-    from torch.nn.utils._deferred_init import _context, _tape
+    from torch.nn.utils._deferred_init import _context, _loading, _tape  # noqa: F401
 
     lines: list[str] = []
     recorder = _context.Recorder(_tape.Tape(random=False), lines if report else None)
@@ -124,7 +124,7 @@ def deferred_init(fn: Any = None, /, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    from torch.nn.utils._deferred_init import _context, _tape
+    from torch.nn.utils._deferred_init import _context, _loading, _tape  # noqa: F401
 
     around = _context.current()
     if around is not None and around.tape.random:
@@ -181,7 +181,8 @@ def materialize_tensor(
         part = _materialize.shard(tensor, index)
         floating = dtype if part.is_floating_point() else None
         return part.to(device=target, dtype=floating)
-    _materialize.materialize([tensor], (target, dtype), eager=False)
+    slots, _ = _materialize.materialize([tensor], (target, dtype))
+    _materialize.finish(slots)
     return tensor
 
 
@@ -263,12 +264,16 @@ def materialize_module(
     if not initializes:
         _materialize.check_known(module, lost)
     untouched = all(t.is_meta for t in tensors)
-    undo = _materialize.materialize(recorded, (target, dtype), eager=untouched)
+    put_back = _materialize.put_back_scripted(module)
+    slots, undo = _materialize.materialize(recorded, (target, dtype))
+    put_back()
+    _materialize.finish(slots, eager=untouched)
     if initializes:
         try:
             _materialize.initialize(module, (target, dtype), check_fn, init_fn, known)
         except BaseException:
             undo()
+            put_back()
             raise
     elif recorded:
         tell_fsdp(module)

@@ -332,6 +332,22 @@ def current() -> Recorder | None:
     return deciding()[1]
 
 
+def innermost() -> Recorder | None:
+    """The context that this thread is in, also if that is suspended."""
+    return deciding()[0]
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """No context answers what this thread calls."""
+    handling = state.handling
+    state.handling, state.reals = _NOBODY, state.reals + 1
+    try:
+        yield
+    finally:
+        state.handling, state.reals = handling, state.reals - 1
+
+
 def _is_in_deferred_init() -> bool:
     for mode in _get_current_function_mode_stack():
         block = getattr(mode, "block", None)
@@ -461,6 +477,7 @@ def _start_inside(thread: threading.Thread) -> None:
     _start(thread)
 
 
+_NOBODY = Recorder(Tape(random=False))  # handles calls that no context is to see
 _to_empty.fillers.append(_materialize.fill)
 
 # NB: seams take it in sys.modules as the sign that something can be deferred; it imports this file.

@@ -90,7 +90,8 @@ def is_lost(tensor: Tensor) -> bool:
 
 def fill(modules: Iterable[Module], device: torch.device) -> None:
     """Materialize, of the parameters and buffers of ``modules``, those whose values are recorded."""
-    materialize([t for m in modules for t in own(m)], (device, None), eager=False)
+    slots, _ = materialize([t for m in modules for t in own(m)], (device, None))
+    finish(slots)
 
 
 def check_known(module: Module, tensors: Iterable[Tensor]) -> None:
@@ -130,13 +131,12 @@ def recorded(tensor: Tensor) -> Tensor:
 
 
 def materialize(
-    tensors: Iterable[Tensor], target: Target, eager: bool
-) -> Callable[[], None]:
-    """Materialize those of ``tensors`` that are deferred; returns what puts them back to meta.
+    tensors: Iterable[Tensor], target: Target
+) -> tuple[Iterable[Slot], Callable[[], None]]:
+    """Materialize those of ``tensors`` that are deferred; returns their slots, for :func:`finish`, and what undoes it.
 
     Args:
         target: device and floating dtype; None is that of eager construction.
-        eager: whether the generators are put where eager construction leaves them even if nothing is drawn.
     """
     with torch._C.DisableTorchFunction():
         found = {id(t): t for t in tensors if is_deferred(t)}
@@ -148,7 +148,7 @@ def materialize(
             kind = shards if is_sharded(tensor) else slots
             kind.setdefault(slot, []).append(tensor)
         unmoved = [slot for slot in slots if target not in slot.moved]
-        drawn = replay(unmoved, handed_over=True)
+        replay(unmoved, handed_over=True)
         with lock, reality():
             pairs = [
                 (tensor, _real(tensor, slot, target))
@@ -156,7 +156,6 @@ def materialize(
                 for tensor in group
             ]
             for slot, group in shards.items():
-                drawn |= any(node.draw is not None for node in pending([slot]))
                 pairs += _cut(slot, group, target)
             specs: list[tuple[Any, Any]] = [
                 (tensor, tensor._spec)  # type: ignore[attr-defined]
@@ -167,17 +166,29 @@ def materialize(
             for tensor, shell in pairs:
                 if is_sharded(tensor):
                     tensor._spec = shell._spec  # type: ignore[attr-defined]
-        if drawn or (eager and found):
-            tapes = {slot.tape for slot in (*slots, *shards)}
-            for stream in {s for tape in tapes for s in tape.streams()}:
-                stream.finish()
 
     def undo() -> None:
         swap_all([tensor for tensor, _ in pairs], [data for _, data in pairs])
         for tensor, spec in specs:
             tensor._spec = spec
 
-    return undo
+    return [*slots, *shards], undo
+
+
+def finish(slots: Iterable[Slot], eager: bool = False) -> None:
+    """After ``slots`` were materialized, put the generators where eager construction leaves them.
+
+    Args:
+        eager: also if no random op was recorded for them.
+    """
+    slots = list(slots)
+    for slot in slots:
+        slot.tape.drawn |= slot.drawn
+    if eager or any(slot.tape.drawn for slot in slots):
+        # NB: while a context is open its generator is marked, and is put right when it is left.
+        tapes = {slot.tape for slot in slots if slot.tape.closed}
+        for stream in {s for tape in tapes for s in tape.streams()}:
+            stream.finish()
 
 
 def _cut(
@@ -276,6 +287,24 @@ def _computed(slot: Slot) -> Callable[[Ref], Tensor]:
     for node in pending([slot]):
         run(node, scratch, take)
     return scratch
+
+
+def put_back_scripted(module: Module) -> Callable[[], None]:
+    """What lets each scripted module below ``module`` have the tensors that it has now, after their exchange."""
+    # NB: it holds the impl of a tensor, where others hold the Python object.
+    kept = [
+        (tensors, dict(tensors.items()))
+        for m in module.modules()
+        if isinstance(m, torch.jit.ScriptModule)
+        for tensors in own_dicts(m)
+    ]
+
+    def put_back() -> None:
+        for tensors, found in kept:
+            for name, tensor in found.items():
+                tensors[name] = tensor
+
+    return put_back
 
 
 def chosen(

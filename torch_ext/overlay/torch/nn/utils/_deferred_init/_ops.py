@@ -60,6 +60,7 @@ class Ops:
     def __init__(self, tape: Tape, device: torch.device) -> None:
         self.tape = tape
         self.device = device  # of what names none
+        self.follows_blocks = not tape.random  # records what meta blocks know, too
         self.twins: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     # -- tensors
@@ -74,7 +75,7 @@ class Ops:
         """The slot of ``tensor``, if it is under construction here."""
         slot = slot_of(tensor)
         # NB: what a meta block inside of deferred_init made is on meta on purpose.
-        if slot is not None and self.tape.random and not slot.tape.random:
+        if slot is not None and not (self.follows_blocks or slot.tape.random):
             return None
         return slot
 

@@ -38,9 +38,12 @@ class Slot:
         events: ``(index, READ | WRITE | FRESH, node)`` of what is still to be done, in program order.
         shared: whether somebody who is not recorded sees the memory, so that what is written to it is written at once.
         moved: where tensors that were materialized find it, if that is not ``real``.
+        drawn: whether random ops were recorded for it, also if their values were overwritten since.
     """
 
-    __slots__ = ("device", "events", "moved", "nbytes", "real", "shared", "tape")
+    __slots__ = (
+        *("device", "drawn", "events", "moved", "nbytes", "real", "shared", "tape"),
+    )
 
     def __init__(self, tape: "Tape", nbytes: int, device: torch.device) -> None:
         self.tape = tape
@@ -50,6 +53,7 @@ class Slot:
         self.events: list[tuple[int, int, Node]] = []
         self.moved: dict[Any, torch.UntypedStorage] = {}
         self.shared = False
+        self.drawn = False
 
     def memory(self) -> torch.UntypedStorage:
         """The memory; if there is none yet, some that is not initialized, as ``torch.empty`` gives it."""

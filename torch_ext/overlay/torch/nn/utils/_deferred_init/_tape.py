@@ -100,8 +100,12 @@ class Node:
     def touch(self, *touched: tuple[Slot, int]) -> None:
         """Record this as the next thing that is done to the slots."""
         self.touched = touched
+        # NB: eager construction moves the generator for it, even if it is overwritten before anybody reads it.
+        drawn = self.draw is not None or any(s.drawn for s, k in touched if k is READ)
         for slot, kind in touched:
             slot.events.append((self.index, kind, self))
+            if drawn and kind is not READ:
+                slot.drawn = True
 
     def draw_after(self, state: Tensor) -> Tensor:
         """The state of a generator in ``state`` after this has drawn from it, for nobody."""
@@ -156,6 +160,7 @@ class Tape:
         is_remembered: whether what is known is known after the context, too. Not so in a meta block inside of
             deferred_init, where the model itself puts it on meta.
         ops: what records ops here, as long as the context is open.
+        drawn: whether something was materialized for which it recorded random ops.
     """
 
     def __init__(self, random: bool) -> None:
@@ -163,6 +168,7 @@ class Tape:
         self.is_remembered = True
         self.ops: Any = None
         self.closed = False
+        self.drawn = False
         self._streams: dict[torch.device, Stream] = {}
 
     def stream(self, device: torch.device) -> Stream:

@@ -1,0 +1,94 @@
+"""``load_state_dict`` of a module with deferred tensors, inside of ``deferred_init`` or a meta block and after it.
+
+Law: once materialized, the module is as if it had been constructed eagerly and then loaded.
+
+A load that copies or assigns is recorded, as any other op is. ``reuse_tensors=True`` exchanges tensors instead, and its
+plan has to see which are on meta, so no context answers meanwhile. What it cannot exchange is materialized before: a
+tensor whose memory others see, all below a module whose load runs code from elsewhere (a hook, an override), and a
+state dict's own deferred tensors. If the load raises, they are deferred again.
+
+What this does not do: a hook that draws random numbers in a load outside of ``deferred_init`` draws from the generator
+as it is then. With ``reuse_tensors=True`` a hook does not see the values of deferred tensors of other modules.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules._reuse_tensors import _around
+from torch.nn.modules._reuse_tensors._stock import runs_torchs_own
+from torch.nn.modules._to_empty import own
+from torch.nn.modules.module import Module
+from torch.nn.utils._deferred_init import _context
+from torch.nn.utils._deferred_init._materialize import (
+    finish,
+    is_deferred,
+    materialize,
+    tensors_of,
+)
+from torch.nn.utils._deferred_init._slot import mark_of, Unknown
+from torch.nn.utils._deferred_init._tape import Tape
+from torch.utils._sharded_meta import is_sharded
+from torch.utils._swap_meta import is_unshared
+
+
+@contextmanager
+def around_load(
+    module: Module, state_dict: Mapping[str, Any], reuses: bool
+) -> Iterator[None]:
+    """The context in which ``module.load_state_dict(state_dict)`` runs; ``reuses``: with ``reuse_tensors=True``."""
+    if reuses:
+        with _context.suspended(), _materialized(module, state_dict):
+            yield
+    elif _context.current() is None and any(map(_has_record, _tensors(module))):
+        recorder = _context.Recorder(Tape(random=True))
+        recorder.ops.follows_blocks = True
+        with recorder.recording():
+            yield
+    else:
+        yield
+
+
+_around.around_load = around_load
+
+
+def _tensors(module: Module) -> Iterator[Tensor]:
+    return (t for m in module.modules() for t in own(m))
+
+
+def _has_record(tensor: Tensor) -> bool:
+    """Whether what is copied to ``tensor`` can be recorded; nothing is, yet, of an uninitialized parameter."""
+    if not tensor.is_meta or is_sharded(tensor):
+        return False
+    mark = mark_of(tensor)
+    return not (mark is None or isinstance(mark, Unknown)) and mark.tape.is_remembered
+
+
+@contextmanager
+def _materialized(module: Module, state_dict: Mapping[str, Any]) -> Iterator[None]:
+    """What a load that exchanges tensors cannot exchange is materialized, unless that load raises."""
+    tensors = {id(t): t for t in state_dict.values() if isinstance(t, Tensor)}
+    odd = [m for m in module.modules() if not runs_torchs_own(m)]
+    below = {b for m in odd for b in m.modules()}
+    tensors.update((id(t), t) for m in below for t in tensors_of(m))
+    for t in _tensors(module):
+        if t.is_meta and not is_sharded(t) and _is_seen(t):
+            tensors[id(t)] = t
+    found = [t for t in tensors.values() if is_deferred(t)]
+    slots, undo = materialize(found, (None, None))
+    recorder = _context.innermost()
+    if odd and recorder is not None:
+        for stream in recorder.tape.streams():
+            stream.sync()  # hooks may draw, and nobody records that
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+    finish(slots)
+
+
+def _is_seen(tensor: Tensor) -> bool:
+    """Whether another tensor has the memory of this one, or autograd its history."""
+    return not (tensor.is_leaf and is_unshared(tensor))
