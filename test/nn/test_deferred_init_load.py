@@ -195,7 +195,7 @@ class TestScripted(DeferredTestCase):
             for k, v in expected.state_dict().items():
                 self.assertEqual(module.state_dict()[k], v, rtol=0, atol=0, msg=k)
             x = torch.ones(3, 4)
-            self.assertEqual(module(x), expected(x), rtol=0, atol=0)
+            self.assertEqual(module.eval()(x), expected.eval()(x), rtol=0, atol=0)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def by_default(modules: Sequence[Module], device: torch.device) -> None:
     from torch.nn.utils._deferred_init import _materialize
 
     tensors = [t for module in modules for t in _materialize.tensors_of(module)]
-    _materialize.materialize(
-        tensors, (device, None), eager=all(t.is_meta for t in tensors)
-    )
+    untouched = all(t.is_meta for t in tensors)
+    slots, _ = _materialize.materialize(tensors, (device, None))
+    _materialize.finish(slots, eager=untouched)
     initialize(modules, device, reset_parameters)

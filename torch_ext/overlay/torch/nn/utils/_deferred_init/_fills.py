@@ -43,7 +43,7 @@ def fill(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> An
     mark, tape = mark_of(target), recorder.tape
     if not (isinstance(mark, (Filled, Slot)) and mark.tape.random):
         return func(*args, **kwargs)
-    if _is_refused(func, target) or have_tensors(rest, kwargs):
+    if _is_refused(func, target) or have_tensors(args[1:], kwargs):
         return func(*args, **kwargs)
     draws = func not in CONSTANT_FILLS
     if type(mark) is Filled and not draws and _is_whole(target):
