@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,9 +27,7 @@ def load(
     local_state_dict: OrderedDict[str, Any] = OrderedDict(state_dict)
     if walk.metadata is not None:
         local_state_dict._metadata = walk.metadata  # type: ignore[attr-defined]
-    # NB: assign=True exchanges tensors, and reads none of those that the module has.
-    around = nullcontext() if assign else _around.around_load(module, state_dict, False)
-    with around:
+    with _around.around_load(module, state_dict, False):
         walk.visit(module, local_state_dict, "")
     raise_errors(module, walk.keys, walk.error_msgs, strict)
     return walk.keys

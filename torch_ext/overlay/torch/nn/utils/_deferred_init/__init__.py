@@ -267,6 +267,7 @@ def materialize_module(
     put_back = _materialize.put_back_scripted(module)
     slots, undo = _materialize.materialize(recorded, (target, dtype))
     put_back()
+    untouched &= not any(slot.tape.is_load for slot in slots)
     _materialize.finish(slots, eager=untouched)
     if initializes:
         try:

@@ -43,7 +43,7 @@ def around_load(
             yield
     elif _context.current() is None and any(map(_has_record, _tensors(module))):
         recorder = _context.Recorder(Tape(random=True))
-        recorder.ops.follows_blocks = True
+        recorder.ops.follows_blocks = recorder.tape.is_load = True
         with recorder.recording():
             yield
     else:

@@ -13,7 +13,11 @@ from torch.nn.utils._deferred_init._context import current
 from torch.nn.utils._deferred_init._materialize import is_deferred
 from torch.nn.utils._deferred_init._moves import copy_of
 from torch.nn.utils._deferred_init._ops import Ops
-from torch.nn.utils._deferred_init._schema import below_modes, is_plain
+from torch.nn.utils._deferred_init._schema import (
+    below_modes,
+    called_by_library,
+    is_plain,
+)
 from torch.nn.utils._deferred_init._slot import CPU, FRESH, READ, Ref, slot_of, slot_on
 from torch.nn.utils._deferred_init._tape import Node
 from torch.utils._sharded_meta import is_sharded
@@ -120,6 +124,8 @@ def parameter_data(data: Any) -> Any:
         return data
     with torch._C.DisableTorchFunction():
         if data.is_meta or not is_plain(data):
+            return data
+        if not recorder.tape.random and called_by_library():  # unpickled
             return data
         return recorder.ops.adopt(data)
 

@@ -159,6 +159,7 @@ class Tape:
     Attributes:
         is_remembered: whether what is known is known after the context, too. Not so in a meta block inside of
             deferred_init, where the model itself puts it on meta.
+        is_load: whether it records a load into a deferred module.
         ops: what records ops here, as long as the context is open.
         drawn: whether something was materialized for which it recorded random ops.
     """
@@ -166,6 +167,7 @@ class Tape:
     def __init__(self, random: bool) -> None:
         self.random = random
         self.is_remembered = True
+        self.is_load = False
         self.ops: Any = None
         self.closed = False
         self.drawn = False
