@@ -1,0 +1,153 @@
+"""What torch.testing._internal ships to test torch with, run with the patches and without: the outcomes are the same.
+
+Law 2 of the project: without a new argument, the patched torch behaves as stock does. Each group of cases
+(``upstream_<group>.py``) runs in two fresh processes, one with all patches and one with the installed torch alone, and
+the outcomes are compared case by case. What is meant to differ stands in ``HARDENED``, with the reason, and has to.
+
+``with torch.device("meta"):`` is compared on meta inputs: shape inference, counting and tracing. What it does to
+real tensors is the matter of ``test/utils`` and ``test/nn``.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from torch.testing._internal.common_utils import run_tests, TestCase
+
+import torch_ext
+from torch_ext._autoload import VARIABLE
+
+
+SCRIPT = Path(__file__).with_name("upstream_case.py")
+
+# Cases that may differ, and do: group → pattern of the case's name → why.
+HARDENED = {
+    "modules": {
+        r"nn\.LinearCrossEntropyLoss \w+ \d": 'the sample names device="cpu": stock builds a real '
+        "weight, and its backward with meta inputs fails; in the patched block the weight is on meta",
+    },
+}
+# Operators whose sample names a device: stock makes a real tensor, the patched block one on meta, else equal.
+NAMES_A_DEVICE = " names a device"
+
+
+class TestUpstreamDatabases(TestCase):
+    def test_subclasses(self):
+        self._compare("subclasses", at_least=1500)
+
+    def test_overrides(self):
+        self._compare("overrides", at_least=4000)
+
+    def test_operators(self):
+        self._compare("ops", at_least=600)
+
+    @pytest.mark.slow
+    def test_operators_with_all_inputs(self):
+        self._compare("ops", at_least=6000, limit=0)
+
+    def test_modules(self):
+        self._compare("modules", at_least=200)
+
+    @pytest.mark.slow
+    def test_modules_with_all_inputs(self):
+        self._compare("modules", at_least=800, limit=0)
+
+    def test_modes(self):
+        self._compare("modes", at_least=500)
+
+    def _compare(self, group, at_least, limit=1):
+        stock, patched = outcomes(group, limit)
+        self.assertGreaterEqual(len(stock), at_least)
+        self.assertEqual(list(patched), list(stock))
+        # Cases that raise in stock say little; most have to return.
+        raised = sum("raises" in str(one)[:20] for one in stock.values())
+        self.assertLess(raised, len(stock) / 4)
+        hardened = HARDENED.get(group, {})
+        differing, found = [], set()
+        for case, was in stock.items():
+            now = without_messages(patched[case])
+            to_compare = on_meta if case.endswith(NAMES_A_DEVICE) else without_messages
+            same = to_compare(was) == now
+            reasons = [name for name in hardened if re.fullmatch(name, case)]
+            if not same and not reasons:
+                differing.append(
+                    f"{case}\n  stock    {was}\n  patched  {patched[case]}"
+                )
+            if not same:
+                found.update(reasons)
+        self.assertEqual(found, set(hardened), "differs no more")
+        if differing:
+            self.fail(report(differing, len(stock)))
+
+
+def report(differing, cases):
+    shown = "\n".join(line[:1000] for line in differing[:40])
+    return f"{len(differing)} of {cases} cases differ\n{shown}"
+
+
+def outcomes(group, limit):
+    """The outcomes of ``group`` in stock and patched, by case. Both processes run at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stock", "patched")]
+        command = [sys.executable, str(SCRIPT), group]
+        started = [
+            subprocess.Popen(
+                [*command, str(file), str(limit)],
+                env=environment(file.name == "patched"),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for file in files
+        ]
+        for process, file in zip(started, files, strict=True):
+            _, errors = process.communicate()
+            last = file.read_text().splitlines()[-1:] if file.exists() else []
+            if process.returncode:
+                raise AssertionError(f"{file.name} died after {last}: {errors[-3000:]}")
+        return [read(file) for file in files]
+
+
+def environment(patched):
+    if patched and "TORCH_EXT_TREE" in os.environ:
+        return dict(os.environ)
+    ours = ("PYTHONPATH", "TORCH_EXT_TREE", VARIABLE)
+    environ = {name: value for name, value in os.environ.items() if name not in ours}
+    # NB: also for stock, so that both have the same path; nothing imports it there.
+    environ["PYTHONPATH"] = str(Path(torch_ext.__file__).parents[1])
+    if patched:
+        environ[VARIABLE] = ",".join(patch.name for patch in torch_ext.series)
+        environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "1"
+    return environ
+
+
+def read(file):
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return {line[0]: line[1] for line in lines if len(line) == 2}
+
+
+def without_messages(outcome):
+    if isinstance(outcome, list):
+        return [without_messages(one) for one in outcome]
+    if isinstance(outcome, dict):
+        return {k: without_messages(v) for k, v in outcome.items() if k != "message"}
+    return outcome
+
+
+def on_meta(outcome):
+    """The outcome with each real tensor replaced by one on meta, which has no data."""
+    outcome = without_messages(outcome)
+    if isinstance(outcome, list):
+        return [on_meta(one) for one in outcome]
+    if isinstance(outcome, dict) and outcome.get("device") == "cpu":
+        outcome = {**outcome, "device": "meta"}
+        outcome.pop("data", None)
+    return outcome
+
+
+if __name__ == "__main__":
+    run_tests()
