@@ -4,6 +4,7 @@ A block is made as its context is, and dropped where that turns out to be a defa
 devices and in contexts that are older than the patch (hence ``getattr``), stock's code alone answers.
 """
 
+import torch
 from torch.utils import _device_meta
 
 from torch_ext.seams import seam
@@ -23,7 +24,7 @@ class DeviceContext:
     @seam("device_context_meta", base=("db0aa5703d5a9061",))
     def __torch_function__(self, func, types, args=(), kwargs=None):
         block = getattr(self, "block", None)
-        if block is not None:
+        if block is not None and not torch.compiler.is_dynamo_compiling():
             call = block.call
             del self, block  # NB: a traceback must not keep the block open
             return call(func, args, kwargs)

@@ -20,7 +20,12 @@ from torch.nn.modules import _to_empty
 from torch.nn.modules import module as _module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils._deferred_init import _materialize
-from torch.nn.utils._deferred_init._calls import FAST_RULES, RULES, SEEN_RULES
+from torch.nn.utils._deferred_init._calls import (
+    DEVICE_CONSTRUCTORS,
+    FAST_RULES,
+    RULES,
+    SEEN_RULES,
+)
 from torch.nn.utils._deferred_init._ops import Ops
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._schema import below_modes, is_plain, where
@@ -53,12 +58,10 @@ class _State(threading.local):
     Attributes:
         handling: the recorder that handles a call of Python now; contexts around it let that call through.
         reals: how many blocks of a real device, inside of a meta block, a call came through.
-        modes: how many of the dispatch modes of this thread are ours.
     """
 
     handling: "Recorder | None" = None
     reals = 0
-    modes = 0
 
 
 state = _State()
@@ -74,7 +77,7 @@ class Recorder:
         self.report = report
         self._twins: dict[int, tuple[Tensor, Tensor | None]] = {}  # what was registered
         self._rule = RULES[tape.random].get
-        self._others = _other_dispatch_modes() if tape.random else 0
+        self._others = other_dispatch_modes() if tape.random else 0
         self._fake = _fake_mode()
         self._hooks: list[Any] = []
         self.marks: dict[Any, Any] = {}  # of storages in a meta block
@@ -98,9 +101,14 @@ class Recorder:
             return func(*args, **kwargs) if kwargs else func(*args)
         rule = self._rule(func)
         # NB: what another dispatch mode is to see is made without a short cut.
-        if torch._C._len_torch_dispatch_stack() - state.modes != self._others:
+        if other_dispatch_modes() != self._others or (
+            not self.tape.random
+            and (_current_transform() is not None or _others_see_calls())
+        ):
             if self.tape.random:
                 return func(*args, **kwargs) if kwargs else func(*args)
+            if _is_traced() or _current_transform() is not None:
+                return self._as_default_device(func, args, kwargs or {})
             rule = SEEN_RULES.get(func)
         elif rule in FAST_RULES:
             return rule(self, func, args, kwargs or {})
@@ -117,6 +125,15 @@ class Recorder:
             return func(*args, **kwargs) if kwargs else func(*args)
         finally:
             state.handling = None
+
+    @staticmethod
+    def _as_default_device(
+        func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What stock's ``torch.device("meta")`` does: under FakeTensorMode and make_fx, a meta block does no more."""
+        if func in DEVICE_CONSTRUCTORS and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": META}
+        return func(*args, **kwargs)
 
     def follow(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,6 +167,8 @@ class Recorder:
     ) -> Any:
         """Answer an op that a dispatch mode saw."""
         if self.tape.closed or _fake_mode() is not self._fake:
+            return func(*args, **kwargs)
+        if not self.tape.random and _is_traced():
             return func(*args, **kwargs)
         if state.handling is not None:
             follows, makes = state.handling is self, not state.reals
@@ -389,7 +408,7 @@ class OpMode(TorchDispatchMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
-        self.left = False
+        self.left = self.is_on = False
         self.ignores_real_tensors = (
             not recorder.tape.random
         )  # for torch.load(lazy=True)
@@ -397,6 +416,10 @@ class OpMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # NB: the default imports torch._dynamo with the first op
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # NB: else torch.compile compiles nothing inside of a block
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -406,7 +429,7 @@ class OpMode(TorchDispatchMode):
     def put_on(self) -> None:
         _remove_left()
         self.__enter__()
-        state.modes += 1
+        self.is_on = True
 
     def take_off(self) -> None:
         """Take this off the stack; if other modes lie above it, it does nothing there, and is taken off later."""
@@ -416,13 +439,40 @@ class OpMode(TorchDispatchMode):
 
 def _remove_left() -> None:
     while isinstance(mode := _get_current_dispatch_mode(), OpMode) and mode.left:
-        mode.__exit__(None, None, None)
-        state.modes -= 1
+        if mode.is_on:
+            mode.is_on = False
+            mode.__exit__(None, None, None)
+        else:  # put back by who saved the stack, as torch.compile does
+            torch._C._pop_torch_dispatch_stack(None)
 
 
-def _other_dispatch_modes() -> int:
+def other_dispatch_modes() -> int:
     """How many dispatch modes are on in this thread that are not ours."""
-    return torch._C._len_torch_dispatch_stack() - state.modes
+    n = torch._C._len_torch_dispatch_stack()
+    if n == 1:  # NB: asked with every call
+        return int(type(torch._C._get_dispatch_stack_at(0)) is not OpMode)
+    modes = map(torch._C._get_dispatch_stack_at, range(n))
+    return sum(type(mode) is not OpMode for mode in modes)
+
+
+def _others_see_calls() -> bool:
+    """Whether a function mode around the context sees the calls that are made here."""
+    for i in range(_len_torch_function_stack()):
+        mode = _get_function_stack_at(i)
+        if not isinstance(mode, (_Calls, DeviceContext)):
+            return True
+    return False
+
+
+_current_transform = torch._C._functorch.maybe_current_level
+
+
+def _is_traced() -> bool:
+    """Whether fake tensors or proxies stand for the tensors of this thread."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(
+        torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)
+    )
 
 
 def _fake_mode() -> Any:

@@ -7,6 +7,7 @@ called for real, and its results are constants. A real tensor that is written to
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, TYPE_CHECKING
 
 import torch
@@ -48,6 +49,7 @@ from torch.nn.utils._deferred_init._tape import (
     Tape,
     tensors_in,
 )
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 if TYPE_CHECKING:
@@ -297,8 +299,9 @@ class Ops:
             on_meta.pop("pin_memory", None)
         try:
             # NB: a fill changes no shape, and several are slow on meta.
-            skip = op.fills and op.name != "copy_"
-            with below_modes():
+            is_seen = not self.tape.random and _other_modes_see()
+            skip = op.fills and op.name != "copy_" and not is_seen
+            with nullcontext() if is_seen else below_modes():
                 made = args[0] if skip else func(*_map(_shape, args), **on_meta)
         except Exception:  # no kernel, or what eager construction raises as well
             return self.execute(op, func, args, kwargs)
@@ -496,6 +499,12 @@ def encode(value: Any) -> Any:
         return value
     slot = slot_of(value)
     return Constant(value) if slot is None else Ref(slot, value)
+
+
+def _other_modes_see() -> bool:
+    # NB: that of this context is off while it handles an op.
+    modes = _get_current_dispatch_mode_stack()
+    return any(not getattr(m, "ignores_real_tensors", False) for m in modes)
 
 
 def _is_moved_to_itself(op: Op, device: torch.device, tensors: list[Tensor]) -> bool:
