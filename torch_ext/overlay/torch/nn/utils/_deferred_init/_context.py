@@ -239,7 +239,7 @@ class Recorder:
 
     def _register(self, module: torch.nn.Module, name: str, tensor: Any) -> Any:
         """Let a module have, instead of a real parameter or buffer, what stands for it."""
-        if tensor is None:
+        if tensor is None or _current_transform() is not None:
             return None
         with torch._C.DisableTorchFunction():
             if tensor.is_meta and mark_of(tensor) is not None:
