@@ -417,10 +417,6 @@ class OpMode(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # NB: the default imports torch._dynamo with the first op
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True  # NB: else torch.compile compiles nothing inside of a block
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -68,7 +68,7 @@ def is_recorded(value: Any) -> bool:
             return torch._C._dispatch_keys(value).has(_META_KEY) and is_deferred(value)
     finally:
         if hop:
-            torch._C._set_skip_next_torch_function()  # type: ignore[attr-defined]
+            torch._C._set_skip_next_torch_function(True)  # type: ignore[attr-defined]
 
 
 def answers(value: Tensor) -> bool:
