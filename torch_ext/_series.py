@@ -191,12 +191,13 @@ bit, in any order.""",
     ),
     Patch(
         name="device_context_meta",
-        subject="[utils] Let `with torch.device('meta')` override an explicit device",
-        summary='`with torch.device("meta"):` also overrides an explicit `device=`',
+        subject="[utils] Make `with torch.device('meta')` the context of meta_init",
+        summary='`with torch.device("meta"):` becomes `meta_init()`: nothing escapes, and what is known is kept',
         rationale="""\
-A module constructor that names a device escapes `with torch.device("meta")`
-and allocates and initializes memory that nobody asked for. On meta, and only
-there, the context now overrides an explicit device of factory functions.""",
+A module constructor that names a device, or uses a legacy constructor, escapes
+`with torch.device("meta")`, and what it computes is lost. The context becomes
+meta_init(). This changes behaviour without a new argument; the RFC says what,
+why, and how to stage it.""",
         files=("torch/utils/_device_meta.py",),
         tests=(
             "test/nn/test_meta_blocks_wrapped_factories.py",
