@@ -175,7 +175,10 @@ def _agree(plan: Plan, back_up: bool) -> None:
 
 
 def _copy(source: Tensor, like: Tensor, device: torch.device) -> Tensor:
-    data = torch.empty_like(like, device=device)
+    # NB: empty_like would close the gaps that the strides of a part may leave.
+    data = torch.empty_strided(
+        like.size(), like.stride(), dtype=like.dtype, device=device
+    )
     with torch._C._EnableTorchFunction():
         return data.copy_(source)
 

@@ -136,6 +136,12 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether some elements have one address, as ``expand`` makes them, so that ``copy_`` refuses to write to them."""
+    steps = zip(tensor.size(), tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in steps)
+
+
 def extent(tensor: Tensor) -> tuple[int, int]:
     """Address of the first byte of a dense tensor's memory, and of the one after it."""
     start = tensor.data_ptr()

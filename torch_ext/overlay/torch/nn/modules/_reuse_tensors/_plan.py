@@ -21,6 +21,7 @@ from torch.nn.modules._reuse_tensors._memory import (
     is_dense,
     is_unseen,
     may_be_taken,
+    overlaps_itself,
     PlainTypes,
 )
 from torch.nn.modules._reuse_tensors._sharding import Shard, Sharding
@@ -204,7 +205,7 @@ class Plan:
             how = self._how_in_memory(target, source, alike)
         elif source.is_meta:
             how = NOTHING
-        elif not target.is_leaf:
+        elif not target.is_leaf or overlaps_itself(target):
             return None
         elif not is_unshared(target) and id(target) in self.meta_ties():
             how = TIED
@@ -229,6 +230,8 @@ class Plan:
         # NB: what is not plain, say deferred, is read before anything is changed.
         is_plain = self.is_plain(source)
         if not self.is_plain(target) or (source.is_meta and not target.is_meta):
+            return None
+        if overlaps_itself(target):
             return None
         alike = (
             is_plain
