@@ -56,8 +56,8 @@ class Module:
         reuses it and as long as that one lives; so of two modules that load one state dict, or one mapped
         file, the second one gets copies, and neither sees what is written to the other. A state dict does
         see what is written to the module that took its memory, and so does the module whose
-        ``state_dict()`` it is; a privately mapped file does not. Loads of one state dict in several
-        threads at a time may all take its memory.
+        ``state_dict()`` it is; a privately mapped file does not. All of this is so as well if modules
+        are loaded at the same time in several threads.
 
         Example::
 

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules._reuse_tensors._commit import commit, roll_back, Undo
 from torch.nn.modules._reuse_tensors._journal import Journal
-from torch.nn.modules._reuse_tensors._memory import note_taken
 from torch.nn.modules._reuse_tensors._plain import plan_plain
 from torch.nn.modules._reuse_tensors._plan import NOTHING, Plan, SAME, SHARE
 from torch.nn.modules._reuse_tensors._sharding import Sharding, sharding_of
@@ -97,6 +96,7 @@ def load_state_dict(
             commit(plan, undo, back_up=False)
         except BaseException:
             roll_back(undo)
+            plan.claims.drop()
             raise
     else:
         keys, plan = _load_as_they_ask(module, state_dict, metadata, strict)
@@ -149,6 +149,7 @@ def _walk(
         commit(plan, journal.undo, back_up=False)
     except BaseException:
         roll_back(journal.undo)
+        plan.claims.drop()
         raise
     return keys, plan
 
@@ -176,7 +177,7 @@ def _report(keys: _LoadedKeys, plan: Plan) -> None:
     keys.still_meta = tuple(key for key, tensor, _ in plan.left if tensor.is_meta)
     if plan.all_alike:
         keys.reused = tuple(plan.keys)
-        note_taken(plan.targets, plan.sources)
+        plan.claims.finish(plan.targets, plan.sources)
         return
     reused, converted = [], []
     taken: tuple[list[Tensor], list[Tensor]] = [], []
@@ -191,4 +192,4 @@ def _report(keys: _LoadedKeys, plan: Plan) -> None:
         elif how is not NOTHING:
             converted.append(key)
     keys.reused, keys.converted = tuple(reused), tuple(converted)
-    note_taken(*taken)
+    plan.claims.finish(*taken)

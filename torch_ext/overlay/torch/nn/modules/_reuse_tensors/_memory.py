@@ -5,8 +5,7 @@ memory that one tensor took from a state dict is not given to a second one while
 may be alive (Note [Memory is handed over once]).
 
 What this does not know: who else has an address (``ctypes``, a captured CUDA graph,
-another storage over the same mapping or array); nor what is loaded at the same time in
-another thread, which may take the same memory.
+another storage over the same mapping or array). Loads at the same time: :mod:`._claims`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules._reuse_tensors._claims import Claims
 from torch.nn.modules._reuse_tensors._memory import (
     are_disjoint,
     extent,
@@ -134,6 +135,7 @@ class Plan:
         self.sources: list[Any] = []
         self.left: list[tuple[str, Tensor, bool]] = []
         self.outcome: dict[int, How] = {}
+        self.claims = Claims()
         self.moves: dict[int, Move] = {}
         self.alike: dict[int, int] = {}
         self._module = module
@@ -366,13 +368,13 @@ class Plan:
                 owned.add(starts, ends)
                 return
         # Who is not the first one has to copy.
-        self._make_moves_of_alike()
+        self.make_moves_of_alike()
         owned = self.extents() if owns else Extents([])
         for move in self.moves.values():
             if move.how is SHARE and not owned.take(move.start, move.end):
                 move.do_not_share()
 
-    def _make_moves_of_alike(self) -> None:
+    def make_moves_of_alike(self) -> None:
         moves = {}
         for target, i in self.alike.items():
             source = self.sources[i]
