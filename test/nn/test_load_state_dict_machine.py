@@ -105,6 +105,20 @@ class TestMostlyReuse(MostlyReuse.TestCase):
     settings = settings(QUICK, max_examples=20, stateful_step_count=25)
 
 
+class TestMachine(TestCase):
+    def test_a_view_is_not_alone_in_its_memory(self):
+        """The machine once asked for memory to be exchanged that the base of a view sees."""
+        machine = MostlyReuse()
+        part = Tie("part", "0.count", "0.count")
+        module = machine.choose(recipe=Recipe(("odd",), ties=(part,)))
+        state_dict = machine.state_dict(of=module)
+        machine.to_empty(of=module)
+        module = machine.construct(device="cpu", seed=1)
+        self.assertIsNotNone(module.module[0].count._base)
+        machine.load_reusing(into=module, source=state_dict)
+        machine.agree()
+
+
 class TestLaw(TestCase):
     @given(st.data(), recipes(devices=["cpu"]), st.booleans())
     @settings(QUICK, max_examples=60)
