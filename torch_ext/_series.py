@@ -122,7 +122,10 @@ All loads deal out the keys of a module to its children once, instead of
 filtering all keys for each child (#61398, #85743, #173158), so that time is
 linear in the number of tensors. Hooks and overrides get the dicts that they
 always got, and the results are the same bit for bit.""",
-        files=("torch/nn/modules/_reuse_tensors",),
+        files=(
+            "torch/nn/modules/_load_state_dict.py",
+            "torch/nn/modules/_reuse_tensors",
+        ),
         tests=(
             "test/nn/test_reuse_tensors.py",
             "test/nn/test_reuse_tensors_compat.py",

@@ -18,6 +18,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "swap_back_all",
     "swap_meta",
     "undisturbed",
+    "unseen_tensor",
     "users_of",
 ]
 
@@ -118,7 +120,13 @@ def users_of(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-USERS_OF_UNSHARED = users_of(torch.empty(1))
+def unseen_tensor() -> Tensor:
+    """A tensor that no mode sees: this module may be imported, by the first load, within one that refuses factories."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        return torch.empty(1, device="cpu")
+
+
+USERS_OF_UNSHARED = users_of(unseen_tensor())
 
 
 def is_unshared(tensor: Tensor) -> bool:

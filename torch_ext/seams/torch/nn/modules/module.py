@@ -72,10 +72,16 @@ class Module:
             >>> m.weight.data_ptr() == sd["weight"].data_ptr()
             True
         """
-        from torch.nn.modules import _reuse_tensors
+        if reuse_tensors:
+            from torch.nn.modules._reuse_tensors import load_state_dict
 
-        load = _reuse_tensors.load_state_dict if reuse_tensors else _reuse_tensors.load
-        return load(self, state_dict, strict=strict, assign=assign)
+            return load_state_dict(self, state_dict, strict=strict, assign=assign)
+        from torch.nn.modules._load_state_dict import load
+
+        def load_own(module, *args):  # in this file, where its warnings come from
+            module._load_from_state_dict(*args)
+
+        return load(self, state_dict, strict=strict, assign=assign, load_own=load_own)
 
     @seam("to_empty_skip_materialized", base=("059c906956373894",))
     def to_empty(self, *, device, recurse=True, skip_materialized: bool = False):

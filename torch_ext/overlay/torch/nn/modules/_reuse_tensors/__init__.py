@@ -26,21 +26,17 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules._load_state_dict import check_is_mapping, raise_errors
 from torch.nn.modules._reuse_tensors._commit import commit, roll_back, Undo
 from torch.nn.modules._reuse_tensors._journal import Journal
 from torch.nn.modules._reuse_tensors._plain import plan_plain
 from torch.nn.modules._reuse_tensors._plan import NOTHING, Plan, SAME, SHARE
 from torch.nn.modules._reuse_tensors._sharding import Sharding, sharding_of
-from torch.nn.modules._reuse_tensors._stock import (
-    check_is_mapping,
-    load,
-    raise_errors,
-)
 from torch.nn.modules._reuse_tensors._walk import Walk
 from torch.nn.modules.module import _IncompatibleKeys
 
 
-__all__ = ["load", "load_state_dict"]
+__all__ = ["load_state_dict"]
 
 
 class _LoadedKeys(_IncompatibleKeys):

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._swap_meta import users_of, USERS_OF_UNSHARED
+from torch.utils._swap_meta import unseen_tensor, users_of, USERS_OF_UNSHARED
 
 
 # Note [Memory is handed over once]
@@ -102,7 +102,7 @@ def _holders_of_storage(tensor: Tensor) -> int:
     return sys.getrefcount(storage)
 
 
-_HOLDERS_IF_UNSEEN = _holders_of_storage(torch.empty(1))
+_HOLDERS_IF_UNSEEN = _holders_of_storage(unseen_tensor())
 
 
 def is_unseen(tensor: Tensor) -> bool:
