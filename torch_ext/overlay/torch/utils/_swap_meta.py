@@ -108,7 +108,7 @@ def has_plain_keys(tensor: Tensor) -> bool:
     keys = _dispatch_keys(tensor).raw_repr()
     if keys in PLAIN_KEYS or keys in PLAIN_KEYS_ON_META:
         return True
-    with undisturbed():
+    with undisturbed(), _disable_current_modes():
         plain = _dispatch_keys(torch.empty(0, device=tensor.device))
     if plain.raw_repr() == keys:
         (PLAIN_KEYS_ON_META if tensor.is_meta else PLAIN_KEYS).add(keys)
