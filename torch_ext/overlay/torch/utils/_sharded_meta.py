@@ -218,4 +218,4 @@ def _note(local: Tensor, part: Part | None) -> None:
 
 
 def _has_storage_of(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
