@@ -3,11 +3,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ZOO ?= $(VENV)-zoo
+# Of each property test and state machine in test-slow; without a seed, one is chosen, and printed.
+EXAMPLES ?= 5000
+SEED ?=
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 PY_ZOO := $(abspath $(ZOO))/bin/python
 RUN := $(PY) -m torch_ext run
+LONG := --timeout 14400 --examples $(EXAMPLES) $(if $(SEED),--hypothesis-seed $(SEED))
 TYPED := $(PY) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abspath .mypy_cache)
 
 .PHONY: demo test test-slow test-zoo lint types test-graft test-tree clean
@@ -21,8 +25,8 @@ test: lint types
 	$(MAKE) --jobs=2 --output-sync=target test-graft test-tree
 
 test-slow: $(VENV)/installed
-	$(PY) -m pytest -m slow --timeout 3600 --ignore test/zoo $(ARGS)
-	$(RUN) --tree -- $(PY) -m pytest test/distributed $(ARGS)
+	$(PY) -m pytest -m slow $(LONG) --ignore test/zoo --ignore test/distributed $(ARGS)
+	$(RUN) --tree -- $(PY) -m pytest test/distributed -m "slow or not slow" $(LONG) $(ARGS)
 	$(MAKE) test-zoo
 
 # The models of timm, torchvision and diffusers, too. NB: next to a torch without CUDA, the torchvision that pip finds

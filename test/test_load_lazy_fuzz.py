@@ -2,8 +2,8 @@
 """torch.load(f, lazy=True) on files damaged at random.
 
 Good files of each format are flipped, cut, spliced and overwritten with numbers that
-programs stumble over; ``load_lazy_judge`` holds the outcome to the law. The same seed makes the
-same files: a failure's name is enough to find it again.
+programs stumble over; ``load_lazy_judge`` holds the outcome to the law. The same PROPERTY_TEST_SEED
+makes the same files: that and a failure's name are enough to find it again.
 """
 
 import io
@@ -27,7 +27,8 @@ from torch.testing._internal.common_utils import (
 )
 
 
-COUNT = int(os.environ.get("LOAD_LAZY_FUZZ_COUNT", "2500"))  # of each seed
+COUNT = int(os.environ.get("PROPERTY_TEST_EXAMPLES", "2500"))  # of each good file
+SEED = os.environ.get("PROPERTY_TEST_SEED", "")
 ANY = either(".*")
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 1 << 31, (1 << 32) - 1, 1 << 62)
 
@@ -174,7 +175,7 @@ def damaged(title: str, count: int, as_object: bool) -> Iterator[Case]:
         case = f"{title}-{i}"
 
         def write(path: Path, case: str = case) -> object:
-            data = damage(seed.data, random.Random(case))
+            data = damage(seed.data, random.Random(SEED + case))
             if as_object:
                 return io.BytesIO(data)
             path = path.with_suffix(seed.suffix)

@@ -66,10 +66,12 @@ beside it and renames.""",
             "test/load_lazy_corpus/tensors.py",
             "test/load_lazy_files.py",
             "test/load_lazy_judge.py",
+            "test/op_tables.py",
             "test/test_load_lazy.py",
             "test/test_load_lazy_bad_files.py",
             "test/test_load_lazy_deferred.py",
             "test/test_load_lazy_deferred_law.py",
+            "test/test_load_lazy_deferred_tables.py",
             "test/test_load_lazy_deferred_use.py",
             "test/test_load_lazy_formats.py",
             "test/test_load_lazy_fuzz.py",
@@ -122,7 +124,11 @@ All loads deal out the keys of a module to its children once, instead of
 filtering all keys for each child (#61398, #85743, #173158), so that time is
 linear in the number of tensors. Hooks and overrides get the dicts that they
 always got, and the results are the same bit for bit.""",
-        files=("torch/nn/modules/_reuse_tensors",),
+        files=(
+            "torch/nn/modules/_around_load.py",
+            "torch/nn/modules/_load_state_dict.py",
+            "torch/nn/modules/_reuse_tensors",
+        ),
         tests=(
             "test/nn/test_reuse_tensors.py",
             "test/nn/test_reuse_tensors_compat.py",

@@ -2,21 +2,29 @@
 """Each way to load, held to the law and to naive models of modules by ``torch_ext.testing``."""
 
 import hypothesis.strategies as st
-import pytest
+import torch
 from hypothesis import given, HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
-from torch.testing._internal.common_utils import run_tests, TestCase
+from torch.testing._internal.common_utils import (
+    instantiate_parametrized_tests,
+    parametrize,
+    run_tests,
+    TestCase,
+)
 
 from torch_ext.testing import (
     assert_loads_as_copy,
     COMPUTING,
     copying_load,
+    Edit,
     HARMFUL,
     HARMLESS,
     ModuleMachine,
     named_tensors,
+    Recipe,
     recipes,
     state_dict_recipes,
+    StateDictRecipe,
+    Tie,
 )
 
 
@@ -47,12 +55,34 @@ def check_copying_load(data, recipe, strict):
     assert_loads_as_copy(copying_load, recipe, values, strict=strict, atomic=False)
 
 
-def run_law(check, max_examples, **kwargs):
-    test = given(st.data(), recipes(**kwargs), st.booleans())(check)
-    slow = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-    settings(max_examples=max_examples, deadline=None, suppress_health_check=slow)(
-        test
-    )()
+# What the law was once broken by: a module, and what was done to its state dict.
+BROKE_THE_LAW = {
+    # Memory taken by one name was written to by the other.
+    "tied_and_copied": (
+        Recipe(
+            ("linear", "linear", "linear"),
+            meta=(0, 1, 2),
+            casts=((0, torch.float64), (1, torch.float64), (2, torch.float64)),
+            ties=(Tie("module", "2", "0"),),
+        ),
+        (Edit("inference", "2.bias", "2.bias"), Edit("swapped", "0.bias", "1.bias")),
+    ),
+    # What gets memory of its own lost the gaps that its strides leave.
+    "gaps_on_meta": (
+        Recipe(
+            ("linear", "odd"),
+            meta=(0, 1),
+            ties=(Tie("part", "1.column", "1.column"),),
+        ),
+        (),
+    ),
+}
+
+
+QUICK = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
 
 
 class AllWays(ModuleMachine):
@@ -67,47 +97,53 @@ class MostlyReuse(ModuleMachine):
     skips_materialized = True
 
 
-def run_machine(machine, max_examples):
-    slow = [HealthCheck.too_slow]
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=max_examples,
-            stateful_step_count=25,
-            deadline=None,
-            suppress_health_check=slow,
-        ),
-    )
+class TestAllWays(AllWays.TestCase):
+    settings = settings(QUICK, max_examples=40, stateful_step_count=25)
 
 
-class TestLoadStateDictMachine(TestCase):
-    def test_law_in_memory(self):
-        run_law(check_law, 60, devices=["cpu"])
+class TestMostlyReuse(MostlyReuse.TestCase):
+    settings = settings(QUICK, max_examples=20, stateful_step_count=25)
 
-    def test_law_on_meta(self):
-        run_law(check_law, 60, devices=["meta", "mixed"])
 
-    def test_stock_load_is_a_copying_load(self):
-        run_law(check_copying_load, 20, devices=["cpu"])
+class TestMachine(TestCase):
+    def test_a_view_is_not_alone_in_its_memory(self):
+        """The machine once asked for memory to be exchanged that the base of a view sees."""
+        machine = MostlyReuse()
+        part = Tie("part", "0.count", "0.count")
+        module = machine.choose(recipe=Recipe(("odd",), ties=(part,)))
+        state_dict = machine.state_dict(of=module)
+        machine.to_empty(of=module)
+        module = machine.construct(device="cpu", seed=1)
+        self.assertIsNotNone(module.module[0].count._base)
+        machine.load_reusing(into=module, source=state_dict)
+        machine.agree()
 
-    def test_machine(self):
-        run_machine(AllWays, 40)
 
-    def test_machine_of_those_that_keep_identity(self):
-        run_machine(MostlyReuse, 20)
+class TestLaw(TestCase):
+    @given(st.data(), recipes(devices=["cpu"]), st.booleans())
+    @settings(QUICK, max_examples=60)
+    def test_in_memory(self, data, recipe, strict):
+        check_law(data, recipe, strict)
 
-    @pytest.mark.slow
-    def test_law_in_memory_at_length(self):
-        run_law(check_law, 5000, devices=["cpu"])
+    @given(st.data(), recipes(devices=["meta", "mixed"]), st.booleans())
+    @settings(QUICK, max_examples=60)
+    def test_on_meta(self, data, recipe, strict):
+        check_law(data, recipe, strict)
 
-    @pytest.mark.slow
-    def test_law_on_meta_at_length(self):
-        run_law(check_law, 5000, devices=["meta", "mixed"])
+    @given(st.data(), recipes(devices=["cpu"]), st.booleans())
+    @settings(QUICK, max_examples=20)
+    def test_stock_load_is_a_copying_load(self, data, recipe, strict):
+        check_copying_load(data, recipe, strict)
 
-    @pytest.mark.slow
-    def test_machine_at_length(self):
-        run_machine(AllWays, 3500)
-        run_machine(MostlyReuse, 1500)
+    @parametrize("name", sorted(BROKE_THE_LAW))
+    @parametrize("strict", [True, False])
+    def test_what_broke_it(self, name, strict):
+        recipe, edits = BROKE_THE_LAW[name]
+        values = StateDictRecipe(recipe, seed=1, edits=edits)
+        assert_loads_as_copy(reusing_load, recipe, values, strict=strict)
+
+
+instantiate_parametrized_tests(TestLaw)
 
 
 if __name__ == "__main__":

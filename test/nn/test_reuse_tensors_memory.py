@@ -203,6 +203,19 @@ class TestStateDict(TestCase):
         self.assertEqual(module[1].weight.view(-1)[0], 7)
 
     @parametrize("device", ["cpu", "meta"])
+    def test_is_not_written_to_by_a_second_name_that_has_to_be_copied_to(self, device):
+        module = linears(2, device=device)
+        module.append(module[0])
+        state_dict = linears(3).state_dict()
+        with torch.inference_mode():
+            state_dict["2.bias"] = torch.full((2,), 7.0)
+        saved = copy.deepcopy(state_dict)
+        result = module.load_state_dict(state_dict, reuse_tensors=True)
+        self.assertEqual(state_dict, saved)
+        self.assertEqual(module[0].bias.tolist(), [7.0, 7.0])
+        self.assertEqual(result.reused[-1:], ("2.weight",))
+
+    @parametrize("device", ["cpu", "meta"])
     def test_of_several_keys_of_a_parameter_the_last_one_wins(self, device):
         module = nn.Sequential(
             nn.Linear(1, 2), Override(1, 2), nn.Linear(1, 2), nn.Linear(1, 2)

@@ -178,6 +178,23 @@ class TestTable(TestCase):
     def test_row_13_otherwise_on_meta(self, source):
         self.assert_converted(zeros("meta"), source)
 
+    @parametrize("source", [numbers(), strided(numbers()), numbers(torch.float64)])
+    def test_row_13_gaps_on_meta(self, source):
+        target = strided(zeros("meta"))
+        parameter = self.assert_converted(target, source)
+        self.assertEqual(parameter.stride(), target.stride())
+
+    def test_row_13_elements_in_one_place_on_meta(self):
+        expanded = torch.zeros(3).expand(2, 3)
+        with self.assertRaisesRegex(RuntimeError, "more than one element") as error:
+            Module(expanded).load_state_dict({"a": numbers()})
+        module = Module(expanded.to("meta"))
+        module.a.data = module.a.data[:1].expand(2, 3)
+        with self.assertRaises(RuntimeError) as raised:
+            module.load_state_dict({"a": numbers()}, reuse_tensors=True)
+        self.assertEqual(str(raised.exception), str(error.exception))
+        self.assertTrue(module.a.is_meta)
+
     @parametrize("device", ["cpu", "meta"])
     def test_rows_08_12_memory_is_handed_over_once(self, device):
         first, source = Module(zeros()), numbers()

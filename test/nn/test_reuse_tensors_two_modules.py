@@ -1,9 +1,12 @@
 # Owner(s): ["module: nn"]
 """``load_state_dict(reuse_tensors=True)`` of several modules from one state dict or file."""
 
+import contextlib
 import copy
 import inspect
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -90,7 +93,135 @@ class TestTwoModulesOfOneFile(TestCase):
         del held
 
 
+@contextlib.contextmanager
+def switching_often():
+    """Let threads take turns after every few instructions."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def in_threads(functions):
+    """Call them at the same time; return their results."""
+    results = [None] * len(functions)
+    start = threading.Barrier(len(functions))
+
+    def run(i):
+        start.wait()
+        results[i] = functions[i]()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+class Override(nn.Linear):
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+
+
+def tied_by_memory():
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))
+    module[1].weight = nn.Parameter(module[0].weight.data)
+    return module
+
+
+BUILDS = {
+    "plain": lambda: nn.Sequential(*(nn.Linear(3, 2) for _ in range(100))),
+    "overrides": lambda: nn.Sequential(nn.Linear(3, 2), Override(3, 2)),
+    "tied": tied_by_memory,
+}
+
+
+class TestSeveralThreads(TestCase):
+    def assert_none_share(self, modules, state_dict, saved):
+        for key, value in state_dict.items():
+            tensors = [module.get_parameter(key) for module in modules]
+            self.assertEqual(tensors, [saved[key]] * len(tensors))
+            takers = [t.data_ptr() == value.data_ptr() for t in tensors]
+            self.assertLessEqual(sum(takers), 1, key)
+
+    @parametrize("build", [subtest(f, name=name) for name, f in BUILDS.items()])
+    @parametrize("device", ["cpu", "meta"])
+    def test_no_two_take_the_same_memory(self, build, device):
+        with switching_often():
+            for _ in range(15):
+                state_dict = build().state_dict()
+                saved = copy.deepcopy(state_dict)
+                modules = [build().to(device) for _ in range(4)]
+                in_threads(
+                    [
+                        lambda m=m, s=state_dict: m.load_state_dict(
+                            s, reuse_tensors=True
+                        )
+                        for m in modules
+                    ]
+                )
+                self.assert_none_share(modules, state_dict, saved)
+
+    def test_each_takes_its_part_of_one_storage(self):
+        """What another thread takes elsewhere in a file's memory is no reason to copy."""
+        with switching_often():
+            for _ in range(15):
+                whole = torch.arange(48.0)
+                parts = [{"weight": whole[6 * i :][:6].view(2, 3)} for i in range(8)]
+                modules = [nn.Linear(3, 2, bias=False) for _ in parts]
+                results = in_threads(
+                    [
+                        lambda m=m, p=p: m.load_state_dict(p, reuse_tensors=True)
+                        for m, p in zip(modules, parts, strict=True)
+                    ]
+                )
+                self.assertEqual([r.reused for r in results], [("weight",)] * 8)
+
+    @parametrize("in_thread", [False, True])
+    @parametrize("hook", ["pre", "post"])
+    def test_a_hook_may_wait_for_another_load(self, in_thread, hook):
+        build = BUILDS["plain"]
+        state_dict = build().state_dict()
+        saved = copy.deepcopy(state_dict)
+        outer, inner = build(), build()
+
+        def load_inner(*args):
+            load = lambda: inner.load_state_dict(state_dict, reuse_tensors=True)
+            in_threads([load]) if in_thread else load()
+
+        if hook == "pre":
+            outer[5].register_load_state_dict_pre_hook(load_inner)
+        else:
+            outer[5].register_load_state_dict_post_hook(load_inner)
+        outer.load_state_dict(state_dict, reuse_tensors=True)
+        self.assert_none_share([outer, inner], state_dict, saved)
+
+    def test_a_load_that_failed_claims_nothing(self):
+        """Not even while its error is looked at."""
+        state_dict = nn.Linear(3, 2).state_dict()
+        module = nn.Linear(3, 2)
+        hook = module.register_load_state_dict_post_hook(lambda *_: 1 / 0)
+        try:
+            module.load_state_dict(state_dict, reuse_tensors=True)
+        except ZeroDivisionError:
+            hook.remove()
+            results = in_threads(
+                [
+                    lambda: nn.Linear(3, 2).load_state_dict(
+                        state_dict, reuse_tensors=True
+                    )
+                ]
+            )
+            self.assertEqual(results[0].reused, ("weight", "bias"))
+        else:
+            self.fail("Expected an error from the hook, got none.")
+
+
 instantiate_parametrized_tests(TestTwoModulesOfOneFile)
+instantiate_parametrized_tests(TestSeveralThreads)
 
 
 if __name__ == "__main__":

@@ -320,8 +320,10 @@ class ModuleMachine(RuleBasedStateMachine):
             value = source.state_dict[name]
             alone = users[cell.memory] == users[entry.memory] == names[cell] == 1
             plain = tensor.is_contiguous() and tensor.stride() == value.stride()
-            # NB: of memory from elsewhere (torch.load, numpy) the users are not known.
-            known = tensor.is_meta or tensor.untyped_storage().resizable()
+            # NB: of memory from elsewhere (torch.load, numpy) the users are not known,
+            # and the base of a view is one that the model does not have.
+            resizable = tensor.untyped_storage().resizable()
+            known = tensor.is_meta or (resizable and tensor._base is None)
             if (
                 alone
                 and plain

@@ -87,10 +87,10 @@ def agree(ranks: Sequence[int], error: BaseException | None = None) -> None:
             default process group
     """
     # NB: who failed before it came here says so at the end of the context.
-    meeting_of(ranks).agree(error)
+    _meeting_of(ranks).agree(error)
 
 
-def meeting_of(ranks: Sequence[int]) -> _Meeting:
+def _meeting_of(ranks: Sequence[int]) -> _Meeting:
     """Where ``ranks`` agree: the innermost context that all of them are in, or a meeting of their own."""
     around = [meeting for meeting in _meetings if meeting.ranks.issuperset(ranks)]
     return around[-1] if around else _Meeting(ranks)

@@ -14,11 +14,13 @@ before the user does.
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import Module
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._swap_meta import has_plain_keys, swap_all, undisturbed
 
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 
 _NAME = "_part_of_whole"
+_noting: ContextVar[bool] = ContextVar("distribute_tensor_is_noted", default=False)
 
 
 class Part(NamedTuple):
@@ -110,10 +113,32 @@ class _Nothing:
 def part_of(tensor: Tensor) -> Part | None:
     """What ``tensor``, on meta, was cut from; None if that is not known."""
     try:
-        part: Part | None = local_of(tensor).untyped_storage().__dict__.get(_NAME)
+        local = local_of(tensor)
+        note = local.untyped_storage().__dict__.get(_NAME)
+        if isinstance(note, dict):
+            with undisturbed():
+                return _within_one_storage(local, note)
+        part: Part | None = note
     except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
         return None
     return part
+
+
+_Layout = tuple[int, torch.Size, tuple[int, ...]]
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return int(tensor.storage_offset()), tensor.size(), tensor.stride()
+
+
+def _within_one_storage(local: Tensor, notes: dict[_Layout, Any]) -> Part | None:
+    """The part of a tensor that lies in the storage of ``local`` itself."""
+    if _layout(local) not in notes:
+        return None
+    layout, cuts = notes[_layout(local)]
+    whole = torch.empty(0, dtype=local.dtype, device="meta")
+    whole.set_(local.untyped_storage(), *layout)
+    return Part(whole, local.detach(), cuts)
 
 
 def distribute(
@@ -125,20 +150,19 @@ def distribute(
     """``distribute_tensor`` of a tensor on meta; None if there is nothing to remember."""
     from torch.distributed.tensor import distribute_tensor
 
-    if not (tensor.is_leaf and has_plain_keys(tensor)) or part_of(tensor) is not None:
+    if _noting.get() or not (tensor.is_leaf and has_plain_keys(tensor)):
         return None
-    with undisturbed():
-        whole = tensor.detach()
-        twin = torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    token = _noting.set(True)
+    try:
+        sharded = distribute_tensor(
+            tensor, device_mesh, placements, src_data_rank=src_data_rank
         )
-        # NB: a storage of its own, which the local tensor may share.
-        _note(twin, Part(whole, whole))
-    twin.requires_grad_(tensor.requires_grad)
-    sharded = distribute_tensor(
-        twin, device_mesh, placements, src_data_rank=src_data_rank
-    )
-    _note(sharded._local_tensor, _cut(whole, sharded))
+    finally:
+        _noting.reset(token)
+    local = getattr(sharded, "_local_tensor", None)
+    if isinstance(local, Tensor) and has_plain_keys(local):
+        with undisturbed(), _disable_current_modes():
+            _note(local, _cut(tensor.detach(), sharded))
     return sharded
 
 
@@ -178,7 +202,20 @@ def note_fsdp_shard(fsdp_param: Any, sharded: "DTensor") -> None:
 
 
 def _note(local: Tensor, part: Part | None) -> None:
-    notes = local.untyped_storage().__dict__
+    storage = local.untyped_storage()
+    notes = storage.__dict__
+    if part is not None and _has_storage_of(local, part.whole):
+        # NB: a note that refers to the storage it is kept with would keep both for ever.
+        kept = notes.get(_NAME)
+        kept = kept if isinstance(kept, dict) else {}
+        if part.view.shape == local.shape:
+            kept[_layout(local)] = (_layout(part.whole), part.cuts)
+        notes[_NAME] = kept
+        return
     notes.pop(_NAME, None)
-    if part is not None and (part.view.shape == local.shape):
+    if part is not None and part.view.shape == local.shape:
         notes[_NAME] = part
+
+
+def _has_storage_of(one: Tensor, other: Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)

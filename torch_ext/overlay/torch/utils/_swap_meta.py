@@ -18,6 +18,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "swap_back_all",
     "swap_meta",
     "undisturbed",
+    "unseen_tensor",
     "users_of",
 ]
 
@@ -106,7 +108,7 @@ def has_plain_keys(tensor: Tensor) -> bool:
     keys = _dispatch_keys(tensor).raw_repr()
     if keys in PLAIN_KEYS or keys in PLAIN_KEYS_ON_META:
         return True
-    with undisturbed():
+    with undisturbed(), _disable_current_modes():
         plain = _dispatch_keys(torch.empty(0, device=tensor.device))
     if plain.raw_repr() == keys:
         (PLAIN_KEYS_ON_META if tensor.is_meta else PLAIN_KEYS).add(keys)
@@ -118,7 +120,13 @@ def users_of(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-USERS_OF_UNSHARED = users_of(torch.empty(1))
+def unseen_tensor() -> Tensor:
+    """A tensor that no mode sees: this module may be imported, by the first load, within one that refuses factories."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        return torch.empty(1, device="cpu")
+
+
+USERS_OF_UNSHARED = users_of(unseen_tensor())
 
 
 def is_unshared(tensor: Tensor) -> bool:

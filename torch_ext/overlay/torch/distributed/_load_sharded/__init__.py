@@ -120,7 +120,7 @@ class Sharding:
         """See the protocol; once a load, since the ranks meet once."""
         groups, self._groups = self._groups, []
         # NB: in a context that holds several of them, the groups meet as one.
-        for meeting in dict.fromkeys(map(errors.meeting_of, groups)):
+        for meeting in dict.fromkeys(map(errors._meeting_of, groups)):
             try:
                 meeting.agree(error)
             except errors.RankError as failure:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.checkpoint.torch_save_reader import copy_piece
+from torch.distributed.checkpoint.torch_save_reader import _copy_piece
 from torch.futures import Future
 
 
@@ -60,6 +60,10 @@ def dcp_to_safetensors(
     save_safetensors(ChunkReader(dcp_checkpoint_dir), safetensors_path)
 
 
+# Where it is public.
+dcp_to_safetensors.__module__ = "torch.distributed.checkpoint.format_utils"
+
+
 class ChunkReader(FileSystemReader):
     """A ``FileSystemReader`` that reads chunks straight to where they go."""
 
@@ -83,7 +87,7 @@ class ChunkReader(FileSystemReader):
                 piece = narrow_tensor_by_index(
                     chunk, item.storage_offsets, item.lengths
                 )
-                copy_piece(target, piece)
+                _copy_piece(target, piece)
             planner.commit_tensor(item, target)
         return super().read_data(replace(plan, items=others), planner)
 

@@ -179,7 +179,7 @@ class TorchSaveReader(StorageReader):
                 f"{tuple(piece.size())} that is planned, got {tuple(target.size())}."
             )
         try:
-            copy_piece(target, piece)
+            _copy_piece(target, piece)
         except Exception as error:
             raise RuntimeError(
                 f"Could not load {_fqn(item)!r} of {self.path}: {error}"
@@ -191,7 +191,7 @@ class TorchSaveReader(StorageReader):
         return os.path.exists(checkpoint_id)
 
 
-def copy_piece(target: torch.Tensor, piece: torch.Tensor) -> None:
+def _copy_piece(target: torch.Tensor, piece: torch.Tensor) -> None:
     """Copies a deferred tensor, with no more than a block of it in memory besides."""
     with torch.no_grad():
         for block, part in _blocks(target, piece):

@@ -20,7 +20,7 @@ from torch.nn.modules._to_empty import always_skip
 def by_param_init_fn(
     modules: Sequence[Module], param_init_fn: Callable[[Module], None]
 ) -> None:
-    """Call ``param_init_fn`` with each of ``modules`` that has something on meta, or has only children that do."""
+    """Call ``param_init_fn`` with each of ``modules``, but for those that only have what has its values already."""
     with always_skip():
         Turns(modules).take(param_init_fn, containers=True)
 

@@ -99,19 +99,23 @@ class Turns:
         """Call ``init`` with each module when its turn has come.
 
         Args:
-            containers: also with a module that has nothing of its own, if a module below it is to take a turn.
+            containers: also with a module that has nothing of its own, unless all below it has its values already.
         """
         for module in self._modules:
             if self.has_come(module):
                 with self._shown(module):
                     init(module)
-            elif (
-                containers
-                and next(own(module), None) is None
-                and not self._coming.isdisjoint(module.modules())
-            ):
+            elif containers and self._is_open(module):
                 init(module)
             self._done.update((id(t), t) for t in own(module))
+
+    def _is_open(self, module: Module) -> bool:
+        """Whether a module with nothing of its own has nothing below it, either, or something that takes a turn."""
+        if next(own(module), None) is not None:
+            return False
+        below = list(module.modules())
+        nothing = all(next(own(m), None) is None for m in below)
+        return nothing or not self._coming.isdisjoint(below)
 
     @contextmanager
     def _shown(self, module: Module) -> Iterator[None]:

@@ -29,8 +29,8 @@ def _materialize_meta_module(
         _materialize.by_default(modules, device)
     except BaseException as e:
         warnings.warn(
-            f"Unable to initialize the modules on meta device with error {e}. Please ensure that each module with "
-            "parameters or buffers of its own implements a `reset_parameters()` method.",
+            f"Unable to call `reset_parameters()` for module on meta device with error {e}. Please ensure that each "
+            "module with parameters or buffers of its own implements a `reset_parameters()` method.",
             stacklevel=2,
         )
         raise

@@ -7,7 +7,7 @@ from torch_ext.seams import seam
 
 @seam("materialize_sharded", base=("dbfb2d9e3051fb87", "876cd47a258314e4"))
 def distribute_tensor(tensor, device_mesh=None, placements=None, *, src_data_rank=0):
-    if tensor.is_meta:
+    if getattr(tensor, "is_meta", False):
         sharded = _sharded_meta.distribute(
             tensor, device_mesh, placements, src_data_rank
         )

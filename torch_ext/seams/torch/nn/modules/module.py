@@ -56,8 +56,8 @@ class Module:
         reuses it and as long as that one lives; so of two modules that load one state dict, or one mapped
         file, the second one gets copies, and neither sees what is written to the other. A state dict does
         see what is written to the module that took its memory, and so does the module whose
-        ``state_dict()`` it is; a privately mapped file does not. Loads of one state dict in several
-        threads at a time may all take its memory.
+        ``state_dict()`` it is; a privately mapped file does not. All of this is so as well if modules
+        are loaded at the same time in several threads.
 
         Example::
 
@@ -72,10 +72,16 @@ class Module:
             >>> m.weight.data_ptr() == sd["weight"].data_ptr()
             True
         """
-        from torch.nn.modules import _reuse_tensors
+        if reuse_tensors:
+            from torch.nn.modules._reuse_tensors import load_state_dict
 
-        load = _reuse_tensors.load_state_dict if reuse_tensors else _reuse_tensors.load
-        return load(self, state_dict, strict=strict, assign=assign)
+            return load_state_dict(self, state_dict, strict=strict, assign=assign)
+        from torch.nn.modules._load_state_dict import load
+
+        def load_own(module, *args):  # in this file, where its warnings come from
+            module._load_from_state_dict(*args)
+
+        return load(self, state_dict, strict=strict, assign=assign, load_own=load_own)
 
     @seam("to_empty_skip_materialized", base=("059c906956373894",))
     def to_empty(self, *, device, recurse=True, skip_materialized: bool = False):

@@ -26,23 +26,18 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules._reuse_tensors import _around
+from torch.nn.modules import _around_load
+from torch.nn.modules._load_state_dict import check_is_mapping, raise_errors
 from torch.nn.modules._reuse_tensors._commit import commit, roll_back, Undo
 from torch.nn.modules._reuse_tensors._journal import Journal
-from torch.nn.modules._reuse_tensors._memory import note_taken
 from torch.nn.modules._reuse_tensors._plain import plan_plain
 from torch.nn.modules._reuse_tensors._plan import NOTHING, Plan, SAME, SHARE
 from torch.nn.modules._reuse_tensors._sharding import Sharding, sharding_of
-from torch.nn.modules._reuse_tensors._stock import (
-    check_is_mapping,
-    load,
-    raise_errors,
-)
 from torch.nn.modules._reuse_tensors._walk import Walk
 from torch.nn.modules.module import _IncompatibleKeys
 
 
-__all__ = ["load", "load_state_dict"]
+__all__ = ["load_state_dict"]
 
 
 class _LoadedKeys(_IncompatibleKeys):
@@ -90,7 +85,7 @@ def load_state_dict(
             raise
     if not is_mapping:
         return _load(module, state_dict, metadata, strict)
-    with _around.around_load(module, state_dict, True):
+    with _around_load.around_load(module, state_dict, True):
         return _load(module, state_dict, metadata, strict)
 
 
@@ -111,6 +106,7 @@ def _load(
             commit(plan, undo, back_up=False)
         except BaseException:
             roll_back(undo)
+            plan.claims.drop()
             raise
     else:
         keys, plan = _load_as_they_ask(module, state_dict, metadata, strict)
@@ -163,6 +159,7 @@ def _walk(
         commit(plan, journal.undo, back_up=False)
     except BaseException:
         roll_back(journal.undo)
+        plan.claims.drop()
         raise
     return keys, plan
 
@@ -190,7 +187,7 @@ def _report(keys: _LoadedKeys, plan: Plan) -> None:
     keys.still_meta = tuple(key for key, tensor, _ in plan.left if tensor.is_meta)
     if plan.all_alike:
         keys.reused = tuple(plan.keys)
-        note_taken(plan.targets, plan.sources)
+        plan.claims.finish(plan.targets, plan.sources)
         return
     reused, converted = [], []
     taken: tuple[list[Tensor], list[Tensor]] = [], []
@@ -205,4 +202,4 @@ def _report(keys: _LoadedKeys, plan: Plan) -> None:
         elif how is not NOTHING:
             converted.append(key)
     keys.reused, keys.converted = tuple(reused), tuple(converted)
-    note_taken(*taken)
+    plan.claims.finish(*taken)

@@ -47,6 +47,9 @@ def commit(plan: Plan, undo: Undo, *, back_up: bool) -> None:
         # NB: code that runs after this may write, which ends sharing tensor by tensor.
         ties = [] if back_up else _cover_ties(plan)
         plan.settle()
+        if not plan.claims.take([plan.sources[i] for i in plan.alike.values()]):
+            plan.make_moves_of_alike()
+        _claim(plan, plan.moves.values())
         swaps = _Pairs()
         plan.all_alike = len(plan.alike) == len(plan.keys) and not back_up
         if plan.all_alike:
@@ -72,6 +75,7 @@ def do_now(plan: Plan, move: Move, undo: Undo) -> None:
     with undisturbed():
         if move.how is SHARE and not plan.extents().take(move.start, move.end):
             move.do_not_share()
+        _claim(plan, (move,))
         _do(plan, (move,), _Pairs(), undo, back_up=True)
 
 
@@ -103,6 +107,17 @@ def roll_back(undo: Undo) -> None:
                 f"load_state_dict failed, and so did {func} to undo it: {error}",
                 stacklevel=2,
             )
+
+
+def _claim(plan: Plan, moves: Iterable[Move]) -> None:
+    """Let no other load take what ``moves`` share; copy what another one has taken since this one was planned."""
+    shares = [move for move in moves if move.how is SHARE]
+    if plan.claims.take([move.source for move in shares]):
+        return
+    # NB: the part of a tensor is a holder, too.
+    holders = [plan.holders_of(m.source) + (m.shard is not None) for m in shares]
+    for move in plan.claims.take_if_free(shares, holders):
+        move.do_not_share()
 
 
 def _cover_ties(plan: Plan) -> list[tuple[Move, list[Tensor], list[Move]]]:
@@ -175,7 +190,10 @@ def _agree(plan: Plan, back_up: bool) -> None:
 
 
 def _copy(source: Tensor, like: Tensor, device: torch.device) -> Tensor:
-    data = torch.empty_like(like, device=device)
+    # NB: empty_like would close the gaps that the strides of a part may leave.
+    data = torch.empty_strided(
+        like.size(), like.stride(), dtype=like.dtype, device=device
+    )
     with torch._C._EnableTorchFunction():
         return data.copy_(source)
 

@@ -63,7 +63,14 @@ class Journal:
 
     def commit(self) -> None:
         """Do what is planned so far, undoably, for code that looks at the outcome."""
-        commit(self.plan, self.undo, back_up=True)
+        plan = self.plan
+        moved = [plan.targets[i] for i in plan.alike.values()]
+        moved += [move.target for move in plan.moves.values()]
+        commit(plan, self.undo, back_up=True)
+        # NB: a module that loads itself may be watched now. If it writes to one of
+        # these, say by another name, the state dict must not see it.
+        for tensor in moved:
+            self._note_memory(tensor)
 
     def do_now(self, move: Move) -> None:
         """What the plan does here can be undone, and its memory is watched from now on."""

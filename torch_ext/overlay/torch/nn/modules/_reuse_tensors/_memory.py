@@ -5,8 +5,7 @@ memory that one tensor took from a state dict is not given to a second one while
 may be alive (Note [Memory is handed over once]).
 
 What this does not know: who else has an address (``ctypes``, a captured CUDA graph,
-another storage over the same mapping or array); nor what is loaded at the same time in
-another thread, which may take the same memory.
+another storage over the same mapping or array). Loads at the same time: :mod:`._claims`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._swap_meta import users_of, USERS_OF_UNSHARED
+from torch.utils._swap_meta import unseen_tensor, users_of, USERS_OF_UNSHARED
 
 
 # Note [Memory is handed over once]
@@ -103,7 +102,7 @@ def _holders_of_storage(tensor: Tensor) -> int:
     return sys.getrefcount(storage)
 
 
-_HOLDERS_IF_UNSEEN = _holders_of_storage(torch.empty(1))
+_HOLDERS_IF_UNSEEN = _holders_of_storage(unseen_tensor())
 
 
 def is_unseen(tensor: Tensor) -> bool:
@@ -134,6 +133,12 @@ def is_dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether some elements have one address, as ``expand`` makes them, so that ``copy_`` refuses to write to them."""
+    steps = zip(tensor.size(), tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in steps)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

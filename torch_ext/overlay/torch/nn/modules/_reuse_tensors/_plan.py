@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules._reuse_tensors._claims import Claims
 from torch.nn.modules._reuse_tensors._memory import (
     are_disjoint,
     extent,
@@ -21,6 +22,7 @@ from torch.nn.modules._reuse_tensors._memory import (
     is_dense,
     is_unseen,
     may_be_taken,
+    overlaps_itself,
     PlainTypes,
 )
 from torch.nn.modules._reuse_tensors._sharding import Shard, Sharding
@@ -133,6 +135,7 @@ class Plan:
         self.sources: list[Any] = []
         self.left: list[tuple[str, Tensor, bool]] = []
         self.outcome: dict[int, How] = {}
+        self.claims = Claims()
         self.moves: dict[int, Move] = {}
         self.alike: dict[int, int] = {}
         self._module = module
@@ -204,7 +207,7 @@ class Plan:
             how = self._how_in_memory(target, source, alike)
         elif source.is_meta:
             how = NOTHING
-        elif not target.is_leaf:
+        elif not target.is_leaf or overlaps_itself(target):
             return None
         elif not is_unshared(target) and id(target) in self.meta_ties():
             how = TIED
@@ -229,6 +232,8 @@ class Plan:
         # NB: what is not plain, say deferred, is read before anything is changed.
         is_plain = self.is_plain(source)
         if not self.is_plain(target) or (source.is_meta and not target.is_meta):
+            return None
+        if overlaps_itself(target):
             return None
         alike = (
             is_plain
@@ -363,13 +368,13 @@ class Plan:
                 owned.add(starts, ends)
                 return
         # Who is not the first one has to copy.
-        self._make_moves_of_alike()
+        self.make_moves_of_alike()
         owned = self.extents() if owns else Extents([])
         for move in self.moves.values():
             if move.how is SHARE and not owned.take(move.start, move.end):
                 move.do_not_share()
 
-    def _make_moves_of_alike(self) -> None:
+    def make_moves_of_alike(self) -> None:
         moves = {}
         for target, i in self.alike.items():
             source = self.sources[i]

@@ -16,6 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules._load_state_dict import (
+    check_post_hook,
+    IndexedWalk,
+    runs_torchs_own,
+)
 from torch.nn.modules._reuse_tensors._journal import Journal
 from torch.nn.modules._reuse_tensors._plain import (
     persistent_of,
@@ -23,11 +28,6 @@ from torch.nn.modules._reuse_tensors._plain import (
     StockTypes,
 )
 from torch.nn.modules._reuse_tensors._plan import Plan
-from torch.nn.modules._reuse_tensors._stock import (
-    check_post_hook,
-    IndexedWalk,
-    runs_torchs_own,
-)
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 
 
@@ -55,7 +55,7 @@ class Walk(IndexedWalk):
 
     def run(self, module: Module) -> None:
         """Plan the load of ``module`` and its children, or do it in part."""
-        self.visit(module, self._state_dict, "")
+        self.visit_all(module, self._state_dict)
 
     def load_own(self, module: Module, state_dict: dict[str, Any], prefix: str) -> None:
         if self._plan.sharding is not None:
@@ -64,10 +64,11 @@ class Walk(IndexedWalk):
             self._run_module(module, state_dict, prefix)
 
     def after(self, module: Module) -> None:
+        keys = _IncompatibleKeys(*self._keys)
         for hook in module._load_state_dict_post_hooks.values():
             self._journal.commit()
             with self._journal.watching(module):
-                check_post_hook(hook(module, self._keys))
+                check_post_hook(hook(module, keys))
 
     def _plan_module(
         self, module: Module, state_dict: dict[str, Any], prefix: str

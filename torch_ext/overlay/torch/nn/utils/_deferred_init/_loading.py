@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.nn.modules._reuse_tensors import _around
-from torch.nn.modules._reuse_tensors._stock import runs_torchs_own
+from torch.nn.modules import _around_load
+from torch.nn.modules._load_state_dict import runs_torchs_own
 from torch.nn.modules._to_empty import own
 from torch.nn.modules.module import Module
 from torch.nn.utils._deferred_init import _context
@@ -50,7 +50,7 @@ def around_load(
         yield
 
 
-_around.around_load = around_load
+_around_load.around_load = around_load
 
 
 def _tensors(module: Module) -> Iterator[Tensor]:

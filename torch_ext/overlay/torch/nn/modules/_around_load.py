@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch.nn import Module
+from torch.nn.modules.module import Module
 
 
 def _nothing(
