@@ -206,7 +206,6 @@ meta_init(). This changes behaviour without a new argument; the RFC says what,
 why, and how to stage it.""",
         files=("torch/utils/_device_meta.py",),
         tests=(
-            "test/nn/test_meta_blocks_wrapped_factories.py",
             "test/utils/device_factories.py",
             "test/utils/test_device_context_constants.py",
             "test/utils/test_device_context_meta.py",
