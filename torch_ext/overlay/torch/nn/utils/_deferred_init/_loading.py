@@ -41,7 +41,7 @@ def around_load(
     if reuses:
         with _context.suspended(), _materialized(module, state_dict):
             yield
-    elif _context.current() is None and any(map(_has_record, _tensors(module))):
+    elif _context.current() is None and _is_recorded(module):
         recorder = _context.Recorder(Tape(random=True))
         recorder.ops.follows_blocks = recorder.tape.is_load = True
         with recorder.recording():
@@ -55,6 +55,12 @@ _around_load.around_load = around_load
 
 def _tensors(module: Module) -> Iterator[Tensor]:
     return (t for m in module.modules() for t in own(m))
+
+
+def _is_recorded(module: Module) -> bool:
+    """Whether a load into ``module`` is recorded; one into a sharded module is not, whose ranks communicate."""
+    tensors = list(_tensors(module))
+    return any(map(_has_record, tensors)) and not any(map(is_sharded, tensors))
 
 
 def _has_record(tensor: Tensor) -> bool:
