@@ -27,6 +27,11 @@ SCRIPT = Path(__file__).with_name("upstream_case.py")
 
 # Cases that may differ, and do: group → pattern of the case's name → why.
 HARDENED = {
+    "ops": {
+        r"equal \d": "the message names the line and the remedy; NotImplementedError would be taken for a missing kernel",
+        r"to \d+": 'the sample names device="cpu": data of a meta tensor cannot be copied out in stock; in the patched '
+        "block the device is overridden",
+    },
     "modules": {
         r"nn\.TransformerEncoder \w+ \d": "the sample has a real tensor beside meta ones, which raises in stock",
         r"nn\.LinearCrossEntropyLoss \w+ \d": 'the sample names device="cpu": stock builds a real '
@@ -48,7 +53,7 @@ class TestUpstreamDatabases(TestCase):
         self._compare("subclasses", at_least=1500)
 
     def test_overrides(self):
-        self._compare("overrides", at_least=4000)
+        self._compare("overrides", at_least=3000)
 
     def test_operators(self):
         self._compare("ops", at_least=600)
@@ -69,11 +74,10 @@ class TestUpstreamDatabases(TestCase):
 
     def _compare(self, group, at_least, limit=1):
         stock, patched = outcomes(group, limit)
-        self.assertGreaterEqual(len(stock), at_least)
         self.assertEqual(list(patched), list(stock))
-        # Cases that raise in stock say little; most have to return.
-        raised = sum("raises" in str(one)[:20] for one in stock.values())
-        self.assertLess(raised, len(stock) / 4)
+        # Cases that raise in stock say little.
+        returned = sum("raises" not in str(one)[:20] for one in stock.values())
+        self.assertGreaterEqual(returned, at_least)
         hardened = HARDENED.get(group, {})
         differing, found = [], set()
         for case, was in stock.items():
@@ -123,9 +127,10 @@ def outcomes(group, limit):
 
 def environment(patched):
     if patched and "TORCH_EXT_TREE" in os.environ:
-        return dict(os.environ)
+        return {**os.environ, "PYTHONHASHSEED": "0"}
     ours = ("PYTHONPATH", "TORCH_EXT_TREE", VARIABLE)
     environ = {name: value for name, value in os.environ.items() if name not in ours}
+    environ["PYTHONHASHSEED"] = "0"  # some samples are made of sets
     # NB: also for stock, so that both have the same path; nothing imports it there.
     environ["PYTHONPATH"] = str(Path(torch_ext.__file__).parents[1])
     if patched:

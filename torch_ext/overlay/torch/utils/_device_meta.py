@@ -73,7 +73,11 @@ class RealBlock:
         self._constructors = DEVICE_CONSTRUCTORS
 
     def call(
-        self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any] | None
+        self,
+        func: Function,
+        types: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
     ) -> Any:
         """Call ``func`` by stock's rule, while the meta blocks around this one make nothing."""
         kwargs, state = kwargs or {}, self._state

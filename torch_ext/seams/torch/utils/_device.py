@@ -27,5 +27,5 @@ class DeviceContext:
         if block is not None and not torch.compiler.is_dynamo_compiling():
             call = block.call
             del self, block  # NB: a traceback must not keep the block open
-            return call(func, args, kwargs)
+            return call(func, types, args, kwargs)
         ...

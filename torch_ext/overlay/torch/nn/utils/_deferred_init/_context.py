@@ -9,7 +9,7 @@ Nothing reaches a scripted function (``torch.jit.script``), and a tensor that is
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TYPE_CHECKING
 
@@ -28,7 +28,12 @@ from torch.nn.utils._deferred_init._calls import (
 )
 from torch.nn.utils._deferred_init._ops import Ops
 from torch.nn.utils._deferred_init._random import reality
-from torch.nn.utils._deferred_init._schema import below_modes, is_plain, where
+from torch.nn.utils._deferred_init._schema import (
+    below_modes,
+    is_plain,
+    overrides,
+    where,
+)
 from torch.nn.utils._deferred_init._slot import (
     attach,
     CPU,
@@ -93,12 +98,15 @@ class Recorder:
     def call(
         self,
         func: Callable[..., Any],
+        types: Collection[type],
         args: tuple[Any, ...],
         kwargs: dict[str, Any] | None,
     ) -> Any:
-        """Answer a call of Python that a function mode saw."""
+        """Answer a call of Python that a function mode saw; ``types`` are those of arguments that may override it."""
         if state.handling is not None or self.tape.closed:
             return func(*args, **kwargs) if kwargs else func(*args)
+        if types and any(map(overrides, types)):
+            return self.follow(func, args, kwargs or {})
         rule = self._rule(func)
         # NB: what another dispatch mode is to see is made without a short cut.
         if other_dispatch_modes() != self._others or (
@@ -393,7 +401,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return self.recorder.call(func, args, kwargs)
+        return self.recorder.call(func, types, args, kwargs)
 
 
 class _MetaCalls(_Calls, DeviceContext):  # type: ignore[misc]

@@ -159,3 +159,12 @@ def is_plain(value: Any) -> bool:
     if value.is_quantized or value.is_nested:
         return False
     return type(value).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+
+
+def overrides(cls: type) -> bool:
+    """Whether a type that torch names in ``types`` has a ``__torch_function__`` of its own."""
+    function: Any = cls.__torch_function__  # type: ignore[attr-defined]
+    return (
+        getattr(function, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+        and function is not torch._C._disabled_torch_function_impl
+    )
