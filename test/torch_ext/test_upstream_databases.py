@@ -39,7 +39,8 @@ HARDENED = {
         "weight, and its backward with meta inputs fails; in the patched block the weight is on meta",
     },
     "modes": {
-        r"\w+ under compile in a block": "the block has a dispatch mode, under which torch.compile runs eagerly",
+        r"\w+ (under compile in a block|in a block under compile)": "the block has a dispatch mode, "
+        "under which torch.compile runs eagerly",
         r"\w+ (in a block under jit\.trace|under jit\.trace in a block)": "the trace has other ops for constants",
         r"\w+ under cpu block in a block": "real tensors of an inner block meet those on meta, which raises in stock",
         r"initialization (in a block under|under) \w* ?functions( in a block)?": "random initialization is one call",

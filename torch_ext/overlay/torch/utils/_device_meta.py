@@ -22,8 +22,6 @@ def block(device: Any) -> "MetaBlock | RealBlock | None":
     Raises:
         RuntimeError: ``device`` is no device.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return None  # what is traced is stock's context
     if not isinstance(device, torch.device):
         device = torch.device(device)
     if device.type == "meta":

@@ -13,7 +13,9 @@ from torch_ext.seams import seam
 class DeviceContext:
     @seam("device_context_meta", base=("7a9bf637db3220cb", "7cefaebd06c10f21"))
     def __init__(self, device):
-        self.block = _device_meta.block(device)
+        # NB: asked here, since Dynamo traces no other file of torch.utils; what it traces is stock's context.
+        tracing = torch.compiler.is_dynamo_compiling()
+        self.block = None if tracing else _device_meta.block(device)
         ...
 
     @seam("device_context_meta", base=("6441b3c5905f7a0a",))
