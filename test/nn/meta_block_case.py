@@ -118,6 +118,39 @@ class MetaBlockLaws:
         with self.assertRaisesRegex(RuntimeError, "any: weight, copied"):
             nn.utils.materialize_module(self.built(make))
 
+    def test_what_a_call_writes_of_unknown_values_is_not_known(self):
+        def make():
+            module = nn.Module()
+            for name in ("norm", "out", "item", "view", "read"):
+                module.register_buffer(name, torch.zeros(4))
+            unknown = torch.randn(3, 4)
+            nn.functional.batch_norm(unknown, module.norm, torch.ones(4), training=True)
+            torch.mul(unknown[0], 2, out=module.out)
+            module.item[1] = unknown[0, 0]
+            module.view[2:] += unknown[0, 2:]
+            for _ in range(2):
+                module.read.add(unknown[0]).mul_(module.read)
+            return module
+
+        with self.assertRaisesRegex(RuntimeError, "any: norm, out, item, view. Random"):
+            nn.utils.materialize_module(self.built(make))
+
+    def test_numbers(self):
+        cases = [(0, torch.long), (1, None), (-2, torch.int32), (3, torch.float32)]
+        cases += [(2.5, None), (True, None), (-0.0, None), (0.1, torch.float16)]
+        cases += [(1j, None), (2**63 - 1, None), (float("nan"), None)]
+
+        def make():
+            module = nn.Module()
+            for i, (number, dtype) in enumerate(cases):
+                module.register_buffer(f"b{i}", torch.tensor(number, dtype=dtype))
+            module.b0 += 1
+            return module
+
+        module = nn.utils.materialize_module(self.built(make))
+        for actual, expected in zip(module.buffers(), make().buffers(), strict=True):
+            self.assertEqual(repr(actual), repr(expected))
+
     def test_an_uninitialized_buffer_gets_memory(self):
         def make():
             module = nn.Module()

@@ -7,17 +7,15 @@ from torch_ext.seams import seam
 
 @seam("deferred_init", base=("e5b84a1c37d94ca6",))
 def get_rng_state():
-    if "torch.nn.utils._deferred_init._outside" in sys.modules:
-        from torch.nn.utils._deferred_init import _outside
-
-        _outside.sync_default_generator()
+    outside = sys.modules.get("torch.nn.utils._deferred_init._outside")
+    if outside is not None:
+        outside.sync_default_generator()
     ...
 
 
 @seam("deferred_init", base=("fd1f2ff2e00afbb8",))
 def initial_seed():
-    if "torch.nn.utils._deferred_init._outside" in sys.modules:
-        from torch.nn.utils._deferred_init import _outside
-
-        _outside.sync_default_generator()
+    outside = sys.modules.get("torch.nn.utils._deferred_init._outside")
+    if outside is not None:
+        outside.sync_default_generator()
     ...

@@ -12,10 +12,9 @@ def _no_grad_trunc_normal_(tensor, mean, std, a, b, generator=None):
     # It looks at what it draws. A recorder, which knows no values, has to see it as one call, as it does uniform_ and
     # normal_. Outside of a recorder's context everybody sees the operations, as without this.
     if torch._C._is_torch_function_mode_enabled():
-        if "torch.nn.utils._deferred_init._outside" in sys.modules:
-            from torch.nn.utils._deferred_init import _outside
-
-            if _outside.is_inside() and torch.overrides.has_torch_function_variadic(
+        outside = sys.modules.get("torch.nn.utils._deferred_init._outside")
+        if outside is not None:
+            if outside.is_inside() and torch.overrides.has_torch_function_variadic(
                 tensor
             ):
                 return torch.overrides.handle_torch_function(

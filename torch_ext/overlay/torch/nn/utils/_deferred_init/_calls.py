@@ -44,6 +44,11 @@ Kwargs = dict[str, Any]
 Rule = Callable[["Recorder", Function, Args, Kwargs], Any]
 
 
+def as_it_is(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """What neither makes a tensor nor reads one, such as ``t.shape``; :meth:`Recorder.call` knows it by this."""
+    return func(*args, **kwargs)
+
+
 # -- what is exchanged
 
 
@@ -163,10 +168,30 @@ _DRAWS = methods(
 )
 
 
+_SHAPES: list[Any] = [
+    *methods(
+        """dim element_size is_complex is_conj is_contiguous is_floating_point is_inference is_neg is_signed ndimension
+        nelement numel requires_grad_ size storage_offset stride"""
+    ),
+    *builtins(
+        "is_complex is_conj is_floating_point is_inference is_neg is_signed numel"
+    ),
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            *("dtype", "grad_fn", "is_leaf", "is_nested", "is_quantized", "is_sparse"),
+            *("layout", "ndim", "requires_grad", "shape", "_version"),
+        )
+    ),
+    torch._C._set_grad_enabled,
+]
+
+
 def _rules(factory: Rule, fill: Rule) -> dict[Function, Rule]:
     """The rules of a context in which these are the rules of factories and fills."""
     data: Any = Tensor.data
     return {
+        **dict.fromkeys(_SHAPES, as_it_is),
         **dict.fromkeys(_FACTORIES, factory),
         **dict.fromkeys(builtins("normal range"), make_plainly),
         **dict.fromkeys(_OF_VALUES, make_of_values),

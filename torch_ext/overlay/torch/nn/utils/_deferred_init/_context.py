@@ -21,6 +21,7 @@ from torch.nn.modules import module as _module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils._deferred_init import _materialize
 from torch.nn.utils._deferred_init._calls import (
+    as_it_is,
     DEVICE_CONSTRUCTORS,
     FAST_RULES,
     RULES,
@@ -30,6 +31,7 @@ from torch.nn.utils._deferred_init._ops import Ops
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._schema import (
     below_modes,
+    call_below,
     is_plain,
     overrides,
     where,
@@ -105,13 +107,18 @@ class Recorder:
         """Answer a call of Python that a function mode saw; ``types`` are those of arguments that may override it."""
         if state.handling is not None or self.tape.closed:
             return func(*args, **kwargs) if kwargs else func(*args)
+        rule = self._rule(func)
+        if rule is as_it_is:
+            return func(*args, **kwargs) if kwargs else func(*args)
         if types and any(map(overrides, types)):
             return self.follow(func, args, kwargs or {})
-        rule = self._rule(func)
         # NB: what another dispatch mode is to see is made without a short cut.
         if other_dispatch_modes() != self._others or (
             not self.tape.random
-            and (_current_transform() is not None or _others_see_calls())
+            and (
+                _current_transform() is not None
+                or (_len_torch_function_stack() and _others_see_calls())
+            )
         ):
             if self.tape.random:
                 return func(*args, **kwargs) if kwargs else func(*args)
@@ -120,12 +127,13 @@ class Recorder:
             rule = SEEN_RULES.get(func)
         elif rule in FAST_RULES:
             return rule(self, func, args, kwargs or {})
-        elif rule is None and not self.tape.random and is_unrecorded(args, kwargs):
-            guard = torch._C._DisableTorchDispatch()  # as long as it lives
-            try:
-                return func(*args, **kwargs) if kwargs else func(*args)
-            finally:
-                del guard
+        elif rule is None and not self.tape.random:
+            recorded: list[Tensor] = []
+            sides = _sides(args, kwargs, recorded)
+            if sides in (_UNKNOWN, _REAL):
+                return call_below(func, args, kwargs or {})
+            if sides == _UNKNOWN | _RECORDED and not _is_named_in_place(func):
+                return self._mixed(func, args, kwargs or {}, recorded)
         state.handling = self
         try:
             if rule is not None:
@@ -152,6 +160,27 @@ class Recorder:
             return func(*args, **kwargs)
         finally:
             state.handling = None
+
+    def _mixed(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        recorded: list[Tensor],
+    ) -> Any:
+        """Call what takes unknown values beside ``recorded`` ones, without a record: it makes unknown values.
+
+        What it writes to, as batch_norm does to the running statistics, is found by its version.
+        """
+        with torch._C.DisableTorchFunction():
+            versions = [t._version for t in recorded]
+        try:
+            return call_below(func, args, kwargs)
+        finally:
+            with torch._C.DisableTorchFunction():
+                for tensor, version in zip(recorded, versions, strict=True):
+                    if tensor._version != version:
+                        self.ops.forget(tensor, func.__name__)
 
     def makes(self) -> bool:
         """Whether new tensors are of this context, as they are not in a block of a real device inside of it."""
@@ -291,45 +320,54 @@ class Recorder:
         return made
 
 
-def is_unrecorded(args: Any, kwargs: dict[str, Any] | None) -> bool:
-    """Whether nothing that is recorded takes part in a call, and all tensors in it are on one side: meta, or real."""
-    if kwargs and "device" in kwargs:
-        return False
-    sides = 0
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        sides |= _side(value)
-    return sides == 1 or sides == 2
-
-
+# What the tensors of a call are. OTHER: not known to be plain, or recorded by a deferred_init around a meta block.
+_UNKNOWN, _REAL, _RECORDED, _OTHER = 1, 2, 4, 8
 _TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def _side(value: Any) -> int:
-    """0: no tensor; 1: on meta; 2: real; 4: recorded, or not known to be a plain tensor."""
+def _sides(args: Any, kwargs: dict[str, Any] | None, recorded: list[Tensor]) -> int:
+    """What takes part in a call, as flags; the tensors that are recorded go to ``recorded``."""
+    if kwargs and "device" in kwargs:
+        return _OTHER
+    sides = 0
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        sides |= _side(value, recorded)
+    return sides
+
+
+def _side(value: Any, recorded: list[Tensor]) -> int:
     kind = type(value)
     if kind in _TENSORS:
-        return _side_of_tensor(value)
+        return _side_of_tensor(value, recorded)
     if kind is list or kind is tuple:
         sides = 0
         for item in value:
-            sides |= _side(item)
+            sides |= _side(item, recorded)
         return sides
     if isinstance(value, Tensor):
         if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
-            return 4
+            return _OTHER
         with torch._C.DisableTorchFunction():
-            return _side_of_tensor(value)
-    return 4 if kind is torch.device else 0
+            return _side_of_tensor(value, recorded)
+    return _OTHER if kind is torch.device else 0
 
 
-def _side_of_tensor(tensor: Tensor) -> int:
+def _side_of_tensor(tensor: Tensor, recorded: list[Tensor]) -> int:
     try:
         mark = tensor.untyped_storage().__dict__.get(NAME)
     except (NotImplementedError, RuntimeError):  # sparse, nested, wrapped ...
-        return 4
-    if mark is not None and type(mark) is not Unknown:
-        return 4
-    return 1 if tensor.is_meta else 2
+        return _OTHER
+    if mark is None or type(mark) is Unknown:
+        return _UNKNOWN if tensor.is_meta else _REAL
+    if mark.tape.random or tensor.is_inference():  # has no version
+        return _OTHER
+    recorded.append(tensor)
+    return _RECORDED
+
+
+def _is_named_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "_")
+    return name.endswith(("_", "batch_norm"))  # which writes, also on meta
 
 
 def deciding() -> tuple[Recorder | None, Recorder | None]:

@@ -96,11 +96,12 @@ class Ops:
         twin = self.twin(storage)
         if shared:
             slot_on(twin, self.tape, storage.device).shared = True
-        meta = torch.empty(0, dtype=real.dtype, device=META)
-        meta.set_(twin, real.storage_offset(), real.size(), real.stride())
-        if real.is_conj():
-            meta = torch._conj(meta)
-        return torch._neg_view(meta) if real.is_neg() else meta
+        with below_modes():
+            meta = torch.empty(0, dtype=real.dtype, device=META)
+            meta.set_(twin, real.storage_offset(), real.size(), real.stride())
+            if real.is_conj():
+                meta = torch._conj(meta)
+            return torch._neg_view(meta) if real.is_neg() else meta
 
     def twin(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """The storage on meta that stands for ``storage``."""
@@ -188,7 +189,8 @@ class Ops:
         # NB: how much a random op draws may depend on what it writes to.
         draws_by_value = op.random and op.writes and not op.fills
         written = op.written(args, kwargs)
-        if op.tells or draws_by_value or any(not t.is_meta for t in written):
+        at_once = op.tells or draws_by_value or op.silently_written(args, kwargs)
+        if at_once or any(not t.is_meta for t in written):
             return self.execute(op, func, args, kwargs)
         if op.views or op.name == "resize_":
             return self._view(func, args, kwargs)
@@ -466,11 +468,14 @@ class Ops:
             )
             raise error
         made = self._on_purpose(op, func(*_map(_shape, args), **kwargs))
-        for tensor in written:
-            if (slot := self.slot_of(tensor)) is not None:
-                node = Node(unknown(name_of(func)))
-                node.touch((slot, WRITE))
+        for tensor in [*written, *op.silently_written(args, kwargs)]:
+            self.forget(tensor, name_of(func))
         return made
+
+    def forget(self, tensor: Tensor, cause: str) -> None:
+        """Record that unknown values were written to ``tensor``."""
+        if (slot := self.slot_of(tensor)) is not None:
+            Node(unknown(cause)).touch((slot, WRITE))
 
     def _is_nothing_known(self, tensor: Tensor) -> bool:
         return tensor.is_meta and self.slot_of(tensor) is None

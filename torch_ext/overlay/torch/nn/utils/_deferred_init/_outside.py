@@ -119,8 +119,11 @@ def deepcopy_tensor(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 def parameter_data(data: Any) -> Any:
     """The tensor that a Parameter of ``data`` is made of."""
+    # NB: asked for each parameter; unlike is_meta, this is no call that modes see.
+    if not isinstance(data, Tensor) or torch._C._dispatch_keys(data).has(_META_KEY):
+        return data
     recorder = current()
-    if recorder is None or not isinstance(data, Tensor):
+    if recorder is None:
         return data
     with torch._C.DisableTorchFunction():
         if data.is_meta or not is_plain(data):

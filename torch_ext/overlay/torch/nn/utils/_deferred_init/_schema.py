@@ -40,6 +40,9 @@ _FILLS = frozenset(
 )
 
 
+# NB: in training they write to the running statistics, though their schemas do not say so.
+_BATCH_NORMS = frozenset(("cudnn_batch_norm", "miopen_batch_norm", "native_batch_norm"))
+
 _COMMUNICATION = frozenset(("c10d", "c10d_functional", "_c10d_functional"))
 
 
@@ -65,8 +68,22 @@ class Op:
         self.tells = not any("Tensor" in str(r.type) for r in returns)
 
     def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """The tensors that the schema says are written to, which an op returns."""
+        return self._named(self.writes, args, kwargs)
+
+    def silently_written(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """The running statistics that ``native_batch_norm`` writes to."""
+        if self.name in _BATCH_NORMS and any(self._named(["training"], args, kwargs)):
+            return self._named(["running_mean", "running_var"], args, kwargs)
+        return []
+
+    def _named(
+        self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> list[Any]:
         found = []
-        for name in self.writes:
+        for name in names:
             place = self.places[name]
             found.append(args[place] if place < len(args) else kwargs.get(name))
         flat = (t if isinstance(t, (list, tuple)) else [t] for t in found)
