@@ -9,12 +9,6 @@ import torch_ext
 from torch_ext import _drift
 
 
-# Their home is torch.nn.utils, their __module__ still that of the private package.
-NOT_YET = (
-    "deferred_init", "is_deferred", "materialize_module", "materialize_tensor", "meta_init",
-)  # fmt: skip
-
-
 def module_of(file):
     """The module that a file below ``torch`` makes."""
     parts = Path(file).with_suffix("").parts
@@ -52,9 +46,6 @@ def looks_public(module, name):
 def test_a_public_name_has_its_public_home(module, name):
     namespace = importlib.import_module(module)
     home = getattr(namespace, name).__module__
-    if name in NOT_YET:
-        assert home == "torch.nn.utils._deferred_init"
-        return
     assert "._" not in home
     # The very rule, where there is an __all__; torch.distributed.checkpoint has none.
     if hasattr(namespace, "__all__"):

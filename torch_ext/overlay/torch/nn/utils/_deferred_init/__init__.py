@@ -279,3 +279,7 @@ def materialize_module(
     elif recorded:
         tell_fsdp(module)
     return module
+
+
+for _name in __all__:  # their home is where they are imported from
+    globals()[_name].__module__ = "torch.nn.utils"
