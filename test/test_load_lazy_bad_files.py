@@ -30,7 +30,7 @@ from torch.testing._internal.common_utils import (
 # few are read from a file object. See Note [Where data starts].
 OWN = re.compile(r"RuntimeError: Expected /")
 WORDED = re.compile(
-    r"RuntimeError: Expected /[\w./]+ to (be|have) .*, got .*\. \(.*\?\)$",
+    r"RuntimeError: Expected /[\w./]+ to (be|have) .*, got .*\. \(.*[?.]\)$",
     re.DOTALL,
 )
 

@@ -178,8 +178,9 @@ wrote, got b'' at offset 0. (Is the file damaged, or still being written?)""",
             self.load_error_text(self.folder),
             """\
 IsADirectoryError: Expected  to be a file, or to hold the index of a sharded
-checkpoint (model.safetensors.index.json or pytorch_model.bin.index.json), got a
-folder without. (Did you mean a file in it?)""",
+checkpoint (model.safetensors.index.json or pytorch_model.bin.index.json) or one
+of model.safetensors and pytorch_model.bin, got a folder with x.pt. (Did you
+mean a file in it?)""",
         )
         os.mkfifo(self.path + ".fifo")
         self.assertExpectedInline(

@@ -65,6 +65,38 @@ class TestLoadLazySharded(LazyTestCase):
         )
         self.assertEqual(torch.load(self.folder, lazy=True), {"x": torch.ones(5)})
 
+    def test_a_folder_without_an_index(self):
+        os.remove(self.index)
+        self.save("pytorch_model.bin", self.state)
+        self.save("training_args.bin", {})
+        self.assertEqual(torch.load(self.folder, lazy=True), self.state)
+        Path(self.folder, "model.safetensors").write_bytes(b"")
+        self.assertExpectedInline(
+            textwrap.fill(self.load_error(self.folder), 80),
+            """\
+IsADirectoryError: Expected  to be a file, or to hold the index of a sharded
+checkpoint (model.safetensors.index.json or pytorch_model.bin.index.json) or one
+of model.safetensors and pytorch_model.bin, got a folder with model.safetensors
+and pytorch_model.bin. (Did you mean a file in it?)""",
+        )
+        os.remove(os.path.join(self.folder, "pytorch_model.bin"))
+        os.remove(os.path.join(self.folder, "model.safetensors"))
+        self.assertExpectedInline(
+            textwrap.fill(self.load_error(self.folder), 80),
+            """\
+IsADirectoryError: Expected  to be a file, or to hold the index of a sharded
+checkpoint (model.safetensors.index.json or pytorch_model.bin.index.json) or one
+of model.safetensors and pytorch_model.bin, got a folder with 1.bin and 2.bin
+and training_args.bin. (Did you mean a file in it?)""",
+        )
+
+    @unittest.skipIf(safetensors is None, "needs safetensors")
+    def test_a_folder_with_one_safetensors_file(self):
+        os.remove(self.index)
+        path = os.path.join(self.folder, "model.safetensors")
+        safetensors.save_file(self.state, path)
+        self.assertEqual(torch.load(Path(self.folder), lazy=True), self.state)
+
     def test_keys_that_are_not_listed_come_last(self):
         self.save("1.bin", {"extra": 5, "a": self.state["a"], "c": self.state["c"]})
         lazy = torch.load(self.folder, lazy=True)

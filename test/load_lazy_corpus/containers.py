@@ -86,7 +86,9 @@ def _cuts() -> Iterator[Case]:
     blank = whole[: stop // 2] + bytes(stop // 4) + whole[stop // 2 + stop // 4 :]
     yield Case("blank/third_quarter", blank, ANY)
     yield Case("blank/end", whole[: stop - 100] + bytes(100), CUT)
-    yield Case("blank/all", bytes(stop), "legacy .tar format")  # an empty tar file
+    yield Case(
+        "blank/all", bytes(stop), "512 zeros"
+    )  # to torch.load, an empty tar file
 
 
 # What the directory says of a record, and what is to come of it.

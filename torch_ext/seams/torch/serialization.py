@@ -24,15 +24,17 @@ def load(
             CPU lie in a private mapping of it, of which the system reads what is used, when it is used. All others (of
             a file object, for another device, of the other byte order, with ``mmap=False``) are deferred: views and
             casts of them stay so, and the first use reads the bytes that it needs. Writes to a tensor never reach the
-            file. :attr:`f` may also be a safetensors file, the index of a sharded checkpoint, or the folder that holds
-            one. While a mapped tensor lives, its file must not be truncated or written to by others than
-            :func:`torch.save`; where that may happen, set ``torch.utils.serialization.config.load.lazy_mode`` to
-            ``"read"``, which reads a local file whole. Default: ``False``
+            file. :attr:`f` may also be a safetensors file, the index of a sharded checkpoint, or a folder that holds
+            one, ``model.safetensors`` or ``pytorch_model.bin``. While a mapped tensor lives, its file must not be
+            truncated or written to by others than :func:`torch.save`; where that may happen, set
+            ``torch.utils.serialization.config.load.lazy_mode`` to ``"read"``, which reads a local file whole. Default:
+            ``False``
 
     Raises:
         RuntimeError: With ``lazy=True``, if the file is damaged or lies about itself; the text names the file, the
             record and the offset. On use of a deferred tensor, if the file was changed, moved or closed meanwhile.
-        ValueError: With ``lazy=True``, if another argument asks for what is not lazy.
+        ValueError: With ``lazy=True``, if another argument asks for what is not lazy, or :attr:`f` is a URL.
+        TypeError: If :attr:`lazy` is no bool.
 
     Example:
         >>> # xdoctest: +SKIP("undefined filepaths")
@@ -44,9 +46,10 @@ def load(
         ...     rows = {k: v[rank::world].float() for k, v in torch.load(f, lazy=True).items()}
         ...     rows = {k: v.clone() for k, v in rows.items()}
     """
-    if lazy:
+    if lazy is not False:
         from torch import _load_lazy
 
+        _load_lazy.check_flag(lazy)
         return _load_lazy.load(
             f,
             map_location,

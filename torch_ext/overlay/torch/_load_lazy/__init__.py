@@ -26,7 +26,14 @@ from torch._load_lazy._inert import Reader, Unsupported
 from torch._load_lazy._map import Mapping
 from torch._load_lazy._open import OpenFile
 from torch._load_lazy._places import NotRestored, Places
-from torch._load_lazy._request import is_ordinary, NotLazy, Request, request
+from torch._load_lazy._request import (
+    check_path,
+    is_ordinary,
+    NotLazy,
+    Request,
+    request,
+)
+from torch._load_lazy._sniff import BEGINNING, describe
 from torch._load_lazy._source import FileSource, object_source
 from torch._load_lazy._zip import Archive
 from torch.serialization import (
@@ -34,6 +41,12 @@ from torch.serialization import (
     get_default_load_endianness,
     LoadEndianness,
 )
+
+
+def check_flag(lazy: Any) -> None:
+    """Raises if ``lazy`` is no bool: what is true of others is likely a slip."""
+    if not isinstance(lazy, bool):
+        raise TypeError(f"Expected lazy to be True or False, got {lazy!r}.")
 
 
 def load(
@@ -49,7 +62,8 @@ def load(
 
     Args:
         f: path of a file of ``torch.save`` or safetensors, of a sharded checkpoint's index,
-            or of the folder that holds one; or a seekable binary file object
+            or of a folder with an index, ``model.safetensors`` or ``pytorch_model.bin``; or
+            a seekable binary file object
         map_location: as for torch.load
         pickle_module: as for torch.load
         weights_only: as for torch.load
@@ -61,10 +75,11 @@ def load(
         What ``torch.load`` returns, with tensors that are mapped from the file or deferred.
 
     Raises:
-        ValueError: if an argument asks for what is not lazy
+        ValueError: if an argument asks for what is not lazy, or ``f`` is a URL or the contents of a file
         RuntimeError: if the file is damaged, or in no format that is known
         pickle.UnpicklingError: if ``weights_only`` forbids what the file holds
     """
+    check_path(f)
     made = request(f, map_location, pickle_module, weights_only, mmap, pickle_load_args)
     try:
         with paused_gc():
@@ -110,7 +125,7 @@ def load_deferred(path: str, *, weights_only: bool | None = None) -> Any:
 
 def _load_path(path: str, made: Request) -> Any:
     if os.path.isdir(path):
-        path = _sharded.find_index(path)
+        path = _sharded.find_checkpoint(path)
     if path.endswith(".index.json"):
         with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -143,6 +158,8 @@ def _load_file(file: OpenFile) -> Any:
         # As torch.load says it, for those who load until there is no more.
         raise EOFError("Ran out of input")
     if _safetensors.is_safetensors(file, magic):
+        if magic[8:9] != b"{":
+            _refuse_others(file, "the beginning of a safetensors file")
         return _safetensors.load(file)
     if magic.startswith(b"PK\3\4"):
         return _load_zip(file)
@@ -157,9 +174,20 @@ def _load_file(file: OpenFile) -> Any:
         return file.eager()
     if magic.startswith(b"\x80"):
         return _legacy.load(file)
+    _refuse_others(file, _BEGINNING)
     if _tar.is_tar(file):
         return _tar.load(file)
-    file.bad("the beginning of a file that torch.save wrote", f"{magic!r}", 0)
+    file.bad(_BEGINNING, f"{magic!r}", 0)
+
+
+_BEGINNING = "the beginning of a file that torch.save wrote"
+
+
+def _refuse_others(file: OpenFile, expected: str) -> None:
+    """Raises if the file is known to be something else than a checkpoint."""
+    found = describe(file.read(0, min(BEGINNING, file.size)))
+    if found is not None:
+        file.bad(expected, found.kind, 0, found.remedy)
 
 
 # The zip format

@@ -6,6 +6,7 @@ what they ask for that is not lazy is left to it.
 
 import os
 import pickle
+import re
 import warnings
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -72,6 +73,24 @@ class Request:
             weights_only=self.weights_only,
             mmap=bool(self.mmap),
             **self.pickle_load_args,
+        )
+
+
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # NB: a Path has one slash of two
+_MAX_PATH = 4096  # bytes; Linux takes no longer one
+
+
+def check_path(f: Any) -> None:
+    """Raises if ``f`` is no path, though its type is that of one."""
+    if isinstance(f, bytes) and (b"\0" in f or len(f) > _MAX_PATH):
+        raise ValueError(
+            f"Expected f to be a path or a file object, got {len(f)} bytes that are no path. "
+            "(Did you mean io.BytesIO(f)?)"
+        )
+    if _is_path(f) and _URL.match(os.fspath(f)) and not os.path.exists(f):
+        raise ValueError(
+            f"Expected f to be a path or a file object, got the URL {os.fspath(f)!r}. Open it as a file, for example "
+            "with fsspec: `with fsspec.open(url) as f: torch.load(f, lazy=True)`."
         )
 
 

@@ -16,19 +16,27 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 
-_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_FILES = ("model.safetensors", "pytorch_model.bin")
+_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 MAX_INDEX = 1 << 28
 
 
-def find_index(folder: str) -> str:
-    """Returns the path of the index in a folder."""
-    for name in _NAMES:
+def find_checkpoint(folder: str) -> str:
+    """Returns the path of what a folder holds: a sharded checkpoint's index, or the one file of a small model."""
+    for name in _INDICES:
         path = os.path.join(folder, name)
         if os.path.exists(path):
             return path
+    names = sorted(os.listdir(folder))
+    found = [name for name in names if name in _FILES]
+    if len(found) == 1:
+        return os.path.join(folder, found[0])
+    others = found or [name for name in names if name.endswith(_SUFFIXES)]
+    shown = " and ".join(others[:4]) + (" and more" if len(others) > 4 else "")
     raise IsADirectoryError(
-        f"Expected {folder} to be a file, or to hold the index of a sharded checkpoint "
-        f"({' or '.join(_NAMES)}), got a folder without. (Did you mean a file in it?)"
+        f"Expected {folder} to be a file, or to hold the index of a sharded checkpoint ({' or '.join(_INDICES)}) or "
+        f"one of {' and '.join(_FILES)}, got a folder with {shown or 'none of them'}. (Did you mean a file in it?)"
     )
 
 
