@@ -6,13 +6,21 @@ reference, on plain tensors over the same bytes. After each step the two must ag
 can be told without data, at its end in all there is.
 """
 
+import copy
+import io
 import itertools
 import operator
+from contextlib import contextmanager, nullcontext
 
 import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
-from torch.testing._internal.common_utils import run_tests, TestCase
+from torch.testing._internal.common_utils import (
+    instantiate_parametrized_tests,
+    parametrize,
+    run_tests,
+    TestCase,
+)
 
 
 CPU = torch.device("cpu")
@@ -285,6 +293,90 @@ class TestRanges(TestCase):
             if add and length:
                 ranges.add(start, start + length)
                 expected.update(part)
+
+
+@contextmanager
+def default_device():
+    torch.set_default_device("cpu")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+DEVICE_CONTEXTS = {
+    "none": nullcontext,
+    "default": default_device,
+    "block": lambda: torch.device("cpu"),
+}
+STAY_DEFERRED = {
+    "to": lambda t: t.to("cpu"),
+    "to, dtype": lambda t: t.to("cpu", torch.float64),
+    "half": lambda t: t.half(),
+    "detach": lambda t: t.detach(),
+    "contiguous": lambda t: t.contiguous(),
+    "view": lambda t: t[1:3].T,
+    "parameter": torch.nn.Parameter,
+}
+READS = {
+    "cpu": lambda t: t.cpu(),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "clone": lambda t: t.clone(),
+    "to, copy": lambda t: t.to("cpu", copy=True),
+    "to, other": lambda t: t.to(torch.zeros(1)),
+    "stack": lambda t: torch.stack([t, t]),
+    "copy_": lambda t: torch.zeros(4, 3).copy_(t),
+}
+# They ask no __torch_function__, so that a tensor without data looks as if it were on meta.
+REFUSED = {
+    "tensor": lambda t: torch.tensor(t, device="cpu"),
+    "as_tensor": lambda t: torch.as_tensor(t, device="cpu"),
+}
+
+
+@instantiate_parametrized_tests
+class TestDefaultDevice(TestCase):
+    """A default device, and a block of one, change nothing of what becomes of a deferred tensor."""
+
+    def load(self):
+        file, plain = io.BytesIO(), torch.arange(12.0).view(4, 3)
+        torch.save(plain, file)
+        file.seek(0)
+        return plain, torch.load(file, lazy=True)
+
+    def is_deferred(self, tensor):
+        return type(tensor).__name__ == "DeferredTensor"
+
+    @parametrize("context", list(DEVICE_CONTEXTS))
+    def test_copies_and_moves(self, context):
+        for name, call in {**STAY_DEFERRED, **READS}.items():
+            plain, tensor = self.load()
+            with DEVICE_CONTEXTS[context]():
+                self.assertTrue(self.is_deferred(tensor))
+                got, expected = call(tensor), call(plain)
+                self.assertEqual(self.is_deferred(got), name in STAY_DEFERRED, msg=name)
+                self.assertEqual(got.device.type, "cpu")
+            self.assertEqual(got, expected, msg=name)
+            self.assertEqual(tensor, plain)
+
+    @parametrize("context", list(DEVICE_CONTEXTS))
+    def test_what_asks_no_torch_function_is_refused(self, context):
+        for name, call in REFUSED.items():
+            plain, tensor = self.load()
+            refused = self.assertRaisesRegex(NotImplementedError, "no data!", msg=name)
+            with DEVICE_CONTEXTS[context](), refused:
+                call(tensor)
+            self.assertEqual(tensor, plain)
+
+    @parametrize("context", list(DEVICE_CONTEXTS))
+    def test_torch_load_is_lazy(self, context):
+        with DEVICE_CONTEXTS[context]():
+            plain, tensor = self.load()
+            self.assertTrue(self.is_deferred(tensor))
+            module = torch.nn.Linear(3, 4, bias=False)
+            module.load_state_dict({"weight": tensor})
+        self.assertEqual(module.weight, plain)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def read_seam_file(path: Path, file: str) -> list[Seam]:
         ),
         *(
             _read_seam(source, file, qualname, node, imports)
-            for qualname, node in source.functions.items()
+            for qualname, node in source.definitions  # NB: several patches may change one function
+            if not isinstance(node, ast.ClassDef)
         ),
     ]
 

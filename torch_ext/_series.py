@@ -207,6 +207,7 @@ meta_init(). This changes behaviour without a new argument; the RFC says what,
 why, and how to stage it.""",
         files=("torch/utils/_device_meta.py",),
         tests=(
+            "test/distributed/test_meta_block_communicates.py",
             "test/utils/device_factories.py",
             "test/utils/test_device_context_constants.py",
             "test/utils/test_device_context_meta.py",

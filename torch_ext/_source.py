@@ -23,15 +23,20 @@ class Source:
         self.tree = ast.parse(text, name)
 
     @cached_property
+    def definitions(self) -> list[tuple[str, Definition]]:
+        """Functions and classes with their qualified names, each as often as it is defined."""
+        return list(_definitions(self.tree))
+
+    @cached_property
     def functions(self) -> dict[str, Function]:
         """Functions by qualified name; of several definitions (overloads) the last."""
-        found = _definitions(self.tree)
+        found = self.definitions
         return {k: node for k, node in found if not isinstance(node, ast.ClassDef)}
 
     @cached_property
     def classes(self) -> dict[str, ast.ClassDef]:
         """Classes by qualified name."""
-        found = _definitions(self.tree)
+        found = self.definitions
         return {k: node for k, node in found if isinstance(node, ast.ClassDef)}
 
     @cached_property

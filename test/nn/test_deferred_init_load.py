@@ -179,6 +179,25 @@ class _Scripted(nn.Module):
         return self.norm(self.b(self.a(x))) + self.table
 
 
+class _ScriptedAttributes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(2, 2)
+        self.tied = self.lin.weight
+        self.constant = torch.arange(2.0) + 1
+        self.drawn = torch.rand(2)
+        self.listed = [torch.ones(2), torch.zeros(2)]
+        self.by_name = {"a": torch.full((2,), 3.0)}
+
+    def forward(self, x):
+        x = self.lin(x) + self.constant * self.drawn
+        return x + self.listed[0] + self.by_name["a"]
+
+
+def ones_for(module):
+    return {key: torch.ones(t.shape) for key, t in module.state_dict().items()}
+
+
 class TestScripted(DeferredTestCase):
     def test_is_materialized(self):
         def f():
@@ -196,6 +215,32 @@ class TestScripted(DeferredTestCase):
                 self.assertEqual(module.state_dict()[k], v, rtol=0, atol=0, msg=k)
             x = torch.ones(3, 4)
             self.assertEqual(module.eval()(x), expected.eval()(x), rtol=0, atol=0)
+
+    def test_plain_attributes_are_materialized(self):
+        def f():
+            return torch.jit.script(_ScriptedAttributes())
+
+        expected, state = self.eager(f)
+        x = torch.ones(2)
+        for holder in (lambda m: m, nn.Sequential):
+            module = self.deferred(f)
+            self.assertTrue(nn.utils.is_deferred(module))
+            nn.utils.materialize_module(holder(module))
+            self.assertFalse(nn.utils.is_deferred(module))
+            self.assertEqual(torch.get_rng_state(), state)
+            for name in ("constant", "drawn", "listed", "by_name"):
+                got, want = getattr(module, name), getattr(expected, name)
+                self.assertEqual(got, want, rtol=0, atol=0, msg=name)
+            self.assertEqual(module.tied.data_ptr(), module.lin.weight.data_ptr())
+            self.assertEqual(module(x), expected(x), rtol=0, atol=0)
+
+    def test_plain_attributes_that_nobody_knows_are_named(self):
+        with nn.utils.meta_init():
+            module = torch.jit.script(_ScriptedAttributes())
+        module.load_state_dict(ones_for(module), assign=True)
+        with self.assertRaisesRegex(RuntimeError, "any: m.drawn. Random"):
+            nn.utils.materialize_module(nn.ModuleDict({"m": module}))
+        self.assertTrue(module.constant.is_meta)
 
 
 if __name__ == "__main__":

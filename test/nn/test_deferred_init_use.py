@@ -119,6 +119,37 @@ class TestMaterialize(DeferredTestCase):
         nn.utils.materialize_module(module)
         self.assertEqual(module.weight, self.eager(lambda: nn.Linear(3, 3))[0].weight)
 
+    def test_to_move_it_names_the_remedy(self):
+        moves = (lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.to("cpu").half())
+
+        def f():
+            return nn.Sequential(nn.LSTM(2, 3), nn.Linear(3, 2))
+
+        expected, _ = self.eager(f)
+        module = self.deferred(f)
+        with nn.utils.meta_init():
+            in_block = nn.Linear(2, 3)
+        for move in moves:
+            for m in (module, in_block):
+                with self.assertRaisesRegex(
+                    NotImplementedError,
+                    "^Cannot copy out of meta tensor; no data! Use torch.nn.utils.materialize_module",
+                ):
+                    move(m)
+        self.assertIs(module.to("meta"), module)
+        self.assertIs(module.apply(lambda m: None), module)
+        self.assertSame(expected, nn.utils.materialize_module(module))
+        self.assertIs(module.to("cpu"), module)
+
+    def test_to_move_what_is_on_meta_otherwise_raises_as_in_stock(self):
+        module = nn.Linear(2, 3, device="meta")
+        with self.assertRaisesRegex(
+            NotImplementedError, "no data! Please use torch.nn.Module.to_empty"
+        ):
+            module.to("cpu")
+        with self.assertRaisesRegex(NotImplementedError, "no data!$"):
+            module.cpu()
+
     def test_a_large_real_tensor_that_changes_is_an_error(self):
         large, small = torch.ones(1 << 19), torch.ones(4)
 

@@ -293,6 +293,19 @@ class Swallows(nn.Linear):
         pass
 
 
+class Quantized(nn.Parameter):
+    """A class with operations of its own, as bitsandbytes' Params4bit: its ``copy_`` does nothing on meta."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class QuantizedLinear(nn.Linear):
+    pass
+
+
 class TestStillOnMeta(TestCase):
     def error_of(self, module, state_dict):
         before = [(id(p), p.device) for p in module.parameters()]
@@ -307,8 +320,31 @@ class TestStillOnMeta(TestCase):
             self.error_of(module, linears(2).state_dict()),
             """\
 Error(s) in loading state_dict for Sequential:
-	Expected "1.weight" to have data after the load, got a tensor on the meta device. (Did you mean to load a state dict that is not on the meta device itself, or to call to_empty(skip_materialized=True) first?)
-	Expected "1.bias" to have data after the load, got a tensor on the meta device. (Did you mean to load a state dict that is not on the meta device itself, or to call to_empty(skip_materialized=True) first?)""",  # noqa: E501
+	Expected the load of "1.weight" by Swallows to give it data, got a Parameter that is still on the meta device. Construct it on a real device, or call to_empty(skip_materialized=True) first.
+	Expected the load of "1.bias" by Swallows to give it data, got a Parameter that is still on the meta device. Construct it on a real device, or call to_empty(skip_materialized=True) first.""",  # noqa: E501
+        )
+
+    def test_a_class_whose_copy_does_nothing_on_meta_is_named(self):
+        module = QuantizedLinear(3, 2).to("meta")
+        module.weight = Quantized(module.weight.data)
+        state_dict = linears(1).state_dict()
+        self.assertExpectedInline(
+            self.error_of(nn.Sequential(module), state_dict),
+            """\
+Error(s) in loading state_dict for Sequential:
+	Expected the load of "0.weight" by QuantizedLinear to give it data, got a Quantized that is still on the meta device. Construct it on a real device, or call to_empty(skip_materialized=True) first.""",  # noqa: E501
+        )
+        module.to_empty(device="cpu", skip_materialized=True)
+        nn.Sequential(module).load_state_dict(state_dict, reuse_tensors=True)
+        self.assertEqual(type(module.weight), Quantized)
+        self.assertEqual(module.weight, state_dict["0.weight"])
+
+    def test_a_state_dict_that_is_on_meta_is_blamed(self):
+        module = linears(1, device="meta")
+        state_dict = {key: t.to("meta") for key, t in linears(1).state_dict().items()}
+        self.assertIn(
+            "load a state dict that is not on the meta",
+            self.error_of(module, state_dict),
         )
 
     def test_a_module_below_itself_is_an_error_as_in_stock(self):

@@ -125,15 +125,12 @@ def f(a, b=1, *, c: int = 2):
         self.assertIn("def f(a):\n    a = 2\n    return a", out)
 
     def test_two_seams_of_one_function(self):
-        seams = []
-        for name in "pq":
-            path = self.tmp_path / f"{name}.py"
-            path.write_text(
-                f'@seam("{name}", base=())\ndef f(*, {name}: int = 1):\n    print({name})\n    ...\n'
-            )
-            seams += read_seam_file(path, "torch/f.py")
+        seams = "".join(
+            f'@seam("{name}", base=())\ndef f(*, {name}: int = 1):\n    print({name})\n    ...\n'
+            for name in "pq"
+        )
         self.assertExpectedInline(
-            splice(Source("def f():\n    pass\n"), seams),
+            self.splice("def f():\n    pass\n", seams),
             """\
 def f(*, p: int = 1, q: int = 1):
     print(p)

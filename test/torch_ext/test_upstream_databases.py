@@ -18,15 +18,22 @@ from pathlib import Path
 
 import pytest
 from torch.testing._internal.common_utils import run_tests, TestCase
+from upstream_subclasses import SEAMS, WITHOUT_TENSORS
 
 import torch_ext
 from torch_ext._autoload import VARIABLE
+from torch_ext._drift import seams_of
 
 
 SCRIPT = Path(__file__).with_name("upstream_case.py")
 
 # Cases that may differ, and do: group → pattern of the case's name → why.
 HARDENED = {
+    "subclasses": {
+        "materialized by FSDP of .*": "what has its values already keeps them",
+        r"(sharded by FSDP|initialized by FSDP|distribute_tensor) of \w+ of meta under \w+ mode": "a tensor on meta "
+        "is asked whether it is there",
+    },
     "ops": {
         r"equal \d": "the message names the line and the remedy, and no missing kernel",
         r"to \d+": 'the sample names device="cpu": data of a meta tensor cannot be copied out in stock; in the patched '
@@ -52,7 +59,18 @@ NAMES_A_DEVICE = " names a device"
 
 class TestUpstreamDatabases(TestCase):
     def test_subclasses(self):
-        self._compare("subclasses", at_least=1400)
+        stock = self._compare("subclasses", at_least=1600)
+        for seam, action in SEAMS.items():
+            self.assertEqual(stock[f"{action} calls {seam}"], "True")
+
+    def test_each_seam_is_among_the_cases(self):
+        seams = {
+            str(seam)
+            for patch in torch_ext.series
+            for seam in seams_of(patch)
+            if seam.is_function
+        }
+        self.assertEqual({*SEAMS, *WITHOUT_TENSORS}, seams)
 
     def test_overrides(self):
         self._compare("overrides", at_least=3000)
@@ -101,6 +119,7 @@ class TestUpstreamDatabases(TestCase):
         self.assertEqual(found, expected, "differs no more")
         if differing:
             self.fail(report(differing, len(stock)))
+        return stock
 
 
 def report(differing, cases):

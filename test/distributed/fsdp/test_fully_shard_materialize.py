@@ -365,6 +365,19 @@ Expected modules that have parameters or buffers of their own on meta to have a 
                     utils.materialize_tensor(deferred), whole, rtol=0, atol=0
                 )
 
+    def test_distribute_tensor_of_what_a_meta_block_knows(self):
+        def made():
+            whole = torch.tensor([1.0, 2.0, 3.0], device="cpu")
+            sharded = distribute_tensor(whole, mesh, [Shard(0)])
+            return [sharded.to_local().tolist(), sharded.full_tensor().tolist()]
+
+        mesh = init_device_mesh("cpu", (self.world_size,))
+        expected = made()
+        with utils.meta_init():
+            self.assertEqual(made(), expected)
+        with utils.deferred_init():
+            self.assertEqual(made(), expected)
+
     @unittest.skipIf(not IS_LINUX, "reads /proc")
     def test_memory(self):
         def peak():

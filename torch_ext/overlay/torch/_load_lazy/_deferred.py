@@ -8,8 +8,8 @@ storage share memory, of which each byte is read once, before anyone sees it.
 
 See Note [Deferred, placed, plain]. What follows from it:
 
-- What comes not by ``__torch_function__`` (an extension in C++, ``vmap``, ``param.data = t``)
-  meets a tensor without data before the first use, as if on the meta device.
+- What comes not by ``__torch_function__`` (an extension in C++, ``vmap``, ``param.data = t``,
+  ``torch.tensor(t)``) meets a tensor without data before the first use, as if on the meta device.
 - While some bytes of a storage are unread, its tensors stay of this class: a Python call slower.
 - A module reads what is registered with it. A Parameter over a part of a storage
   reads all of that; over a ``clone`` of the part it does not.

@@ -162,7 +162,13 @@ def distribute(
     local = getattr(sharded, "_local_tensor", None)
     if isinstance(local, Tensor) and has_plain_keys(local):
         with undisturbed(), _disable_current_modes():
-            _note(local, _cut(tensor.detach(), sharded))
+            part = _cut(tensor.detach(), sharded)
+            _note(local, part)
+        if part is None or part.view.shape != local.shape:
+            return sharded
+        if not _has_storage_of(local, part.whole):
+            with torch.no_grad():  # NB: a meta block knows the values then
+                local.copy_(part.view)
     return sharded
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "USERS_OF_UNSHARED",
     "has_plain_keys",
     "impls_for",
+    "is_on_meta",
     "is_unshared",
     "meta_ties",
     "storage_like",
@@ -91,6 +92,16 @@ def undisturbed() -> Iterator[None]:
     """No grad mode, inference mode, default device or ``__torch_function__`` interferes."""
     with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
         yield
+
+
+def is_on_meta(value: object) -> bool:
+    """``value.is_meta`` of a tensor, asked so that modes, subclasses and tensor-likes see nothing of it elsewhere."""
+    # NB: inside of a deferred_init, which is a mode, what is on meta may say that it is not.
+    return (
+        issubclass(type(value), Tensor)
+        and _dispatch_keys(value).has(torch._C.DispatchKey.Meta)  # type: ignore[arg-type]
+        and value.is_meta  # type: ignore[attr-defined]
+    )
 
 
 # What has_plain_keys found so far; for who cannot afford the call.

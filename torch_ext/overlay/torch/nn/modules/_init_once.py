@@ -20,6 +20,7 @@ from torch.nn import Module, Parameter
 from torch.nn.modules._to_empty import Fill, own, own_dicts
 from torch.types import Device
 from torch.utils._sharded_meta import is_sharded, local_of, Part, part_of
+from torch.utils._swap_meta import is_on_meta
 
 
 Init = Callable[[Module], None]
@@ -80,14 +81,14 @@ class Turns:
         tensors = {id(t): t for m in self._modules for t in own(m)}
         open_ = set(map(id, overwritable))
         self._done = {
-            key: t for key, t in tensors.items() if not (t.is_meta or key in open_)
+            key: t for key, t in tensors.items() if not (is_on_meta(t) or key in open_)
         }
         self._parts: dict[int, Part] = {}
         self._coming = {m for m in self._modules if self.has_come(m)}
 
     def show_whole(self) -> None:
         """Let ``init`` see the whole of each tensor of which this rank has a part that is on meta now."""
-        for tensor in {t for m in self._coming for t in own(m) if t.is_meta}:
+        for tensor in {t for m in self._coming for t in own(m) if is_on_meta(t)}:
             if is_sharded(tensor) and (part := part_of(tensor)) is not None:
                 self._parts[id(tensor)] = part
 

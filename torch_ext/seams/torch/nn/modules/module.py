@@ -1,5 +1,7 @@
 """Seams of torch/nn/modules/module.py."""
 
+import sys
+
 from torch_ext.seams import seam
 
 
@@ -104,4 +106,12 @@ class Module:
         # NB: the class is asked, since a mock and an object with __getattr__ have every attribute.
         if hasattr(type(fn), "_apply_to_module"):  # changes tensors in place
             return fn._apply_to_module(self, recurse)
+        ...
+
+    @seam("deferred_init", base=("c794bb38d69f5b78",))
+    def _apply(self, fn, recurse=True):
+        if "torch.nn.utils._deferred_init._outside" in sys.modules:
+            from torch.nn.utils._deferred_init import _outside
+
+            fn = _outside.naming_the_remedy(fn)
         ...

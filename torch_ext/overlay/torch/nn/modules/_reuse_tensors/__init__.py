@@ -34,6 +34,7 @@ from torch.nn.modules._reuse_tensors._plain import plan_plain
 from torch.nn.modules._reuse_tensors._plan import NOTHING, Plan, SAME, SHARE
 from torch.nn.modules._reuse_tensors._sharding import Sharding, sharding_of
 from torch.nn.modules._reuse_tensors._walk import Walk
+from torch.nn.modules._to_empty import own
 from torch.nn.modules.module import _IncompatibleKeys
 
 
@@ -100,7 +101,8 @@ def _load(
     if planned is not None:
         plan, missing = planned
         keys = _LoadedKeys(missing, [])
-        raise_errors(module, keys, _still_meta(plan, missing) if strict else [], strict)
+        errors = _still_meta(module, state_dict, plan, missing) if strict else []
+        raise_errors(module, keys, errors, strict)
         undo: Undo = []
         try:
             commit(plan, undo, back_up=False)
@@ -151,7 +153,7 @@ def _walk(
         walk.run(module)
         errors = walk.error_msgs
         if strict and not errors:
-            errors = _still_meta(plan, keys.missing_keys)
+            errors = _still_meta(module, state_dict, plan, keys.missing_keys)
         if sharding is not None:
             for names in (*keys, plan.keys):
                 names[:] = map(sharding.clean, names)
@@ -164,10 +166,15 @@ def _walk(
     return keys, plan
 
 
-def _still_meta(plan: Plan, missing_keys: list[str]) -> list[str]:
+def _still_meta(
+    module: Module,
+    state_dict: Mapping[str, Any],
+    plan: Plan,
+    missing_keys: list[str],
+) -> list[str]:
     """What is wrong with tensors that no key is missing for and that stay on meta."""
     on_meta = [
-        (key, id(tensor))
+        (key, tensor)
         for key, tensor, persistent in plan.left
         if persistent and tensor.is_meta
     ]
@@ -175,12 +182,26 @@ def _still_meta(plan: Plan, missing_keys: list[str]) -> list[str]:
         return []
     known, to_come = set(missing_keys), plan.gets_memory()
     return [
-        f'Expected "{key}" to have data after the load, got a tensor on the meta device. '
-        "(Did you mean to load a state dict that is not on the meta device itself, or to "
-        "call to_empty(skip_materialized=True) first?)"
+        _why_on_meta(module, key, tensor, state_dict.get(key))
         for key, tensor in on_meta
-        if key not in known and tensor not in to_come
+        if key not in known and id(tensor) not in to_come
     ]
+
+
+def _why_on_meta(module: Module, key: str, tensor: Tensor, source: Any) -> str:
+    if not isinstance(source, Tensor) or source.is_meta:
+        return (
+            f'Expected "{key}" to have data after the load, got a tensor on the meta device. '
+            "(Did you mean to load a state dict that is not on the meta device itself, or to "
+            "call to_empty(skip_materialized=True) first?)"
+        )
+    # The load of its module swallows it, or the copy_ of its class does nothing on meta.
+    owners = [m for m in module.modules() if any(t is tensor for t in own(m))]
+    owner = type(owners[0]).__name__ if owners else "its module"
+    return (
+        f'Expected the load of "{key}" by {owner} to give it data, got a {type(tensor).__name__} that is still on the '
+        "meta device. Construct it on a real device, or call to_empty(skip_materialized=True) first."
+    )
 
 
 def _report(keys: _LoadedKeys, plan: Plan) -> None:

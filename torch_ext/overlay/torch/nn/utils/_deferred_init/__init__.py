@@ -240,7 +240,7 @@ def materialize_module(
         >>> fully_shard(m)
         >>> torch.nn.utils.materialize_module(m)  # each rank its shards of Transformer(config)
     """
-    from torch.nn.utils._deferred_init import _materialize
+    from torch.nn.utils._deferred_init import _materialize, _scripted
     from torch.utils._sharded_meta import is_sharded, tell_fsdp
 
     target = torch.device(device) if device is not None else None
@@ -264,7 +264,7 @@ def materialize_module(
     if not initializes:
         _materialize.check_known(module, lost)
     untouched = all(t.is_meta for t in tensors)
-    put_back = _materialize.put_back_scripted(module)
+    put_back = _scripted.put_back(module)
     slots, undo = _materialize.materialize(recorded, (target, dtype))
     put_back()
     untouched &= not any(slot.tape.is_load for slot in slots)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules import _around_load
 from torch.nn.modules._load_state_dict import runs_torchs_own
@@ -60,7 +61,8 @@ def _tensors(module: Module) -> Iterator[Tensor]:
 def _is_recorded(module: Module) -> bool:
     """Whether a load into ``module`` is recorded; one into a sharded module is not, whose ranks communicate."""
     tensors = list(_tensors(module))
-    return any(map(_has_record, tensors)) and not any(map(is_sharded, tensors))
+    with torch._C.DisableTorchFunction():  # nobody else is to see that this asks
+        return any(map(_has_record, tensors)) and not any(map(is_sharded, tensors))
 
 
 def _has_record(tensor: Tensor) -> bool:

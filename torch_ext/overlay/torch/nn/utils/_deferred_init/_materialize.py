@@ -24,6 +24,7 @@ from torch.nn.modules._init_once import (
 from torch.nn.modules._to_empty import own, own_dicts
 from torch.nn.modules.module import Module
 from torch.nn.parameter import is_lazy, Parameter
+from torch.nn.utils._deferred_init import _scripted
 from torch.nn.utils._deferred_init._random import reality
 from torch.nn.utils._deferred_init._schema import is_unknown
 from torch.nn.utils._deferred_init._slot import mark_of, Ref, Slot, slot_of, Unknown
@@ -102,7 +103,7 @@ def check_known(module: Module, tensors: Iterable[Tensor]) -> None:
     names = {
         id(t): f"{prefix}.{name}".lstrip(".")
         for prefix, m in module.named_modules()
-        for kept in own_dicts(m)
+        for kept in (m.__dict__, _scripted.attributes(m), *own_dicts(m))
         for name, t in kept.items()
     }
     described = [
@@ -289,24 +290,6 @@ def _computed(slot: Slot) -> Callable[[Ref], Tensor]:
     return scratch
 
 
-def put_back_scripted(module: Module) -> Callable[[], None]:
-    """What lets each scripted module below ``module`` have the tensors that it has now, after their exchange."""
-    # NB: it holds the impl of a tensor, where others hold the Python object.
-    kept = [
-        (tensors, dict(tensors.items()))
-        for m in module.modules()
-        if isinstance(m, torch.jit.ScriptModule)
-        for tensors in own_dicts(m)
-    ]
-
-    def put_back() -> None:
-        for tensors, found in kept:
-            for name, tensor in found.items():
-                tensors[name] = tensor
-
-    return put_back
-
-
 def chosen(
     module: Module, buffers_only: bool, check_fn: Callable[[Module], bool] | None
 ) -> list[Tensor]:
@@ -383,6 +366,7 @@ def tensors_of(module: Module) -> Iterator[Tensor]:
     for name, value in module.__dict__.items():
         if name not in ("_parameters", "_buffers", "_modules"):
             yield from _inside(value, seen)
+    yield from _inside(_scripted.attributes(module), seen)
 
 
 _LEAVES = (bool, int, float, complex, str, bytes, type(None), type, Module, torch.dtype)

@@ -166,7 +166,7 @@ class Ops:
         around = self._around(known)
         if around is not None and len(known) + len(real) == len(tensors):
             return around.call(func, args, kwargs)
-        if op.communicates and known:
+        if op.communicates and (known or self.tape.random):
             return self.communicate(func, args, kwargs)
         if not self.tape.random and len(real) == len(tensors):
             return self._outside(op, func, args, kwargs, tensors, makes)
@@ -432,6 +432,8 @@ class Ops:
         real_kwargs = {k: _map(real, v) for k, v in kwargs.items()}
         with reality():
             made = func(*real_args, **real_kwargs)
+            if hasattr(made, "trigger_wait"):  # an AsyncCollectiveTensor
+                made = made.trigger_wait()
         return _map(
             lambda v: given[id(v)] if id(v) in given else self._adopt_plain(v), made
         )

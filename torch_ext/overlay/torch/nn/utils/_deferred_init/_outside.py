@@ -4,13 +4,14 @@ Law: a copy of a deferred tensor is deferred, with the values of the original; n
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils._deferred_init._context import current
-from torch.nn.utils._deferred_init._materialize import is_deferred
+from torch.nn.utils._deferred_init._materialize import is_deferred, is_lost
 from torch.nn.utils._deferred_init._moves import copy_of
 from torch.nn.utils._deferred_init._ops import Ops
 from torch.nn.utils._deferred_init._schema import (
@@ -30,6 +31,7 @@ __all__ = [
     "is_deferred",
     "is_inside",
     "is_recorded",
+    "naming_the_remedy",
     "parameter_data",
     "sync_default_generator",
     "to_pickle",
@@ -131,6 +133,37 @@ def parameter_data(data: Any) -> Any:
         if not recorder.tape.random and called_by_library():  # unpickled
             return data
         return recorder.ops.adopt(data)
+
+
+class _Applied:
+    """A function for ``Module._apply`` whose error says what to do about a deferred tensor, which it cannot move."""
+
+    __slots__ = ("_fn",)
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self._fn = fn
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        try:
+            return self._fn(tensor)
+        except NotImplementedError as e:
+            if not str(e).startswith(_NO_DATA) or not (
+                is_deferred(tensor) or is_lost(tensor)
+            ):
+                raise
+            raise NotImplementedError(
+                f"{_NO_DATA} Use torch.nn.utils.materialize_module(module, device=...) instead, which computes what is "
+                "recorded of the module there, after load_state_dict if it was built on the meta device. "
+                "(to_empty() would lose it.)"
+            ) from None
+
+
+_NO_DATA = "Cannot copy out of meta tensor; no data!"
+
+
+def naming_the_remedy(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` of ``Module._apply``, which calls it with each tensor, and hands it on to the modules below."""
+    return fn if type(fn) is _Applied else _Applied(fn)
 
 
 def to_pickle(tensor: Tensor) -> Tensor:
