@@ -34,6 +34,7 @@ import torch
 import zoo
 from architectures import Build, LIBRARIES
 from torch import nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 USABLE = "usable after loading"
@@ -54,6 +55,8 @@ def usable(build: Build) -> str:
             actual = zoo.seeded(build)
         actual.load_state_dict(state_dict, reuse_tensors=True)  # type: ignore[call-arg]
         nn.utils.materialize_module(actual)
+        compute_weights(module)
+        compute_weights(actual)
     except Exception as e:
         return zoo.told(e)
     found = law.differences(module, actual)
@@ -61,6 +64,14 @@ def usable(build: Build) -> str:
         loose = law.differences(module, zoo.seeded(build))
         found = [d for d in found if d not in loose]
     return f"{len(found)} differ: {found[0][:200]}" if found else "ok"
+
+
+def compute_weights(module: nn.Module) -> None:
+    """Compute what ``weight_norm`` computes before each call, and leaves on meta until then."""
+    for m in module.modules():
+        for hook in m._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                setattr(m, hook.name, hook.compute_weight(m))
 
 
 def judged(name: str, build: Build, way: str) -> str:

@@ -31,7 +31,12 @@ from torch.nn.utils._deferred_init._originals import (
     methods,
 )
 from torch.nn.utils._deferred_init._random import reality
-from torch.nn.utils._deferred_init._schema import is_plain, UnknownValue, where
+from torch.nn.utils._deferred_init._schema import (
+    is_plain,
+    op_of,
+    UnknownValue,
+    where,
+)
 from torch.nn.utils._deferred_init._tape import tensors_in
 
 
@@ -65,6 +70,12 @@ def set_storage(
 ) -> Any:
     """``t.set_(storage, ...)``, as unpickling does: the storage carries the history."""
     return func(*recorder.ops.with_twin(args, kwargs), **kwargs)
+
+
+def execute(recorder: "Recorder", func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """What reads memory without asking the dispatcher: it is called now, on real tensors."""
+    op = op_of(getattr(torch.ops.aten, func.__name__).default)
+    return recorder.ops.execute(op, func, args, kwargs)
 
 
 # -- what tells
@@ -201,6 +212,7 @@ def _rules(factory: Rule, fill: Rule) -> dict[Function, Rule]:
         **dict.fromkeys((*_DRAWS, *methods("fill_ zero_"), *INIT_FUNCTIONS), fill),
         data.__set__: set_data,
         METHODS["set_"]: set_storage,
+        **dict.fromkeys(builtins("fused_moving_avg_obs_fake_quant"), execute),
         METHODS["__deepcopy__"]: deepcopy,
         **dict.fromkeys(methods("to cpu cuda"), move),
         **dict.fromkeys(_READS, tell),

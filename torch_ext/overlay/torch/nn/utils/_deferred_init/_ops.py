@@ -12,6 +12,7 @@ from typing import Any, TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 from torch.nn.utils._deferred_init._random import count, reality
 from torch.nn.utils._deferred_init._schema import (
     below_modes,
@@ -131,6 +132,8 @@ class Ops:
                 self.twins[slot.memory()._cdata] = (storage, slot.memory())
             with reality():
                 real = in_place(Ref(slot, value))
+                if type(value) is Parameter:  # C++ may keep it, as prepack ops do
+                    return Parameter(real, value.requires_grad)
                 return real.requires_grad_() if value.requires_grad else real
         if type(value) in (list, tuple) and has_tensors(value):
             return type(value)(map(self.value, value))
