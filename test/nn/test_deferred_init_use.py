@@ -11,6 +11,7 @@ import weakref
 import torch
 from deferred_init_case import DeferredTestCase
 from torch import nn
+from torch.ao.quantization.fake_quantize import FusedMovingAvgObsFakeQuantize
 from torch.testing._internal.common_utils import run_tests
 
 
@@ -282,6 +283,15 @@ class TestScope(DeferredTestCase):
         module = self.check(lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
         x = torch.rand(2, 3)
         self.assertEqual(torch.compile(module, backend="eager")(x), module(x))
+
+    def test_what_reads_memory_below_the_dispatcher(self):
+        def make():
+            fake = FusedMovingAvgObsFakeQuantize()
+            module = nn.ModuleList([fake, nn.Linear(4, 4)])
+            module[1].weight = nn.Parameter(fake(module[1].weight).detach())
+            return module
+
+        self.check(make)
 
     def test_threads(self):
         import threading
