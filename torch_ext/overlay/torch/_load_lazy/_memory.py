@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import weakref
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ _MAP_NORESERVE = {"darwin": 0x40}.get(
     sys.platform, 0x40 if platform.machine().startswith("ppc") else 0x4000
 )
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+_PIECE = 2 << 20  # how much is moved at a time
 _FAILED = ctypes.c_void_p(-1).value
 
 # Whether `detach` can be.
@@ -48,19 +50,43 @@ def ask_for_huge_pages(buffer: Any, start: int, end: int) -> None:
         _libc().madvise(ctypes.addressof(buffer.obj) + start, end - start, advice)
 
 
-def detach(pages: Any) -> None:
-    """Puts memory of its own, of the same contents, in the place of a file's pages.
+def detach(pages: Any, parts: Iterable[memoryview]) -> None:
+    """Puts memory of its own, of the same contents, in the place of the file's pages that ``parts`` lie in.
 
-    NB: what another thread writes there in the meantime is lost.
+    NB: what another thread writes in the meantime to the piece that is being moved is lost.
     """
-    address, size = ctypes.addressof(pages), ctypes.sizeof(pages)
-    copy = _map(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, size, "memory")
+    for start, end in _page_runs(pages, parts):
+        size = end - start
+        copy = _map(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, size, "memory")
+        # NB: moved in order, so that the system joins the pieces to one mapping again.
+        for done in range(0, size, _PIECE):
+            _move(copy + done, start + done, min(_PIECE, size - done))
+
+
+def _move(copy: int, address: int, size: int) -> None:
     ctypes.memmove(copy, address, size)
     flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
     if _libc().mremap(copy, size, size, flags, address) == _FAILED:
         error = ctypes.get_errno()
-        _libc().munmap(copy, size)
         raise OSError(error, f"cannot move {size} bytes: {os.strerror(error)}")
+
+
+def _page_runs(pages: Any, parts: Iterable[memoryview]) -> list[tuple[int, int]]:
+    """Returns the addresses of the pages that ``parts`` lie in, in runs."""
+    first, page = ctypes.addressof(pages), mmap.PAGESIZE
+    last = first + -(-ctypes.sizeof(pages) // page) * page
+    runs: list[tuple[int, int]] = []
+    for start, size in sorted(map(_extent, parts)):
+        start, end = start // page * page, -(-(start + size) // page) * page
+        if runs and start <= runs[-1][1]:
+            runs[-1] = runs[-1][0], max(end, runs[-1][1])
+        else:
+            runs.append((start, end))
+    return [(max(start, first), min(end, last)) for start, end in runs]
+
+
+def _extent(part: memoryview) -> tuple[int, int]:
+    return ctypes.addressof(ctypes.c_char.from_buffer(part)), part.nbytes
 
 
 @cache
