@@ -185,6 +185,25 @@ class TestLease(TestCase):
         self.assertEqual(tensors, state())
 
     @forked
+    def test_what_is_written_meanwhile(self):
+        path = self.path()
+        torch.save({"weight": torch.zeros(16 << 20)}, path)
+        weight, steps, ended = mapped(path)["weight"], 0, threading.Event()
+
+        def change():
+            time.sleep(0.05)
+            os.truncate(path, 0)
+            ended.set()
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        while steps < 5 or not ended.is_set():
+            weight.add_(1)
+            steps += 1
+        thread.join()
+        self.assertEqual((weight == steps).sum(), weight.numel())
+
+    @forked
     def test_who_does_not_wait_is_told_to_try_again(self):
         path = self.path()
         tensors = mapped(path)

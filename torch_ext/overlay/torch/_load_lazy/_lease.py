@@ -11,8 +11,7 @@ beyond ``torch.utils.serialization.config.load.lazy_leases``.
 
 Limits: Who opens the file with ``O_NONBLOCK`` gets ``EWOULDBLOCK`` and has to try again. The system waits for
 ``/proc/sys/fs/lease-break-time`` seconds (45), and goes on: if a thread keeps the GIL for longer, or while it opens the
-file for writing, the file is not protected. While a part of 2 MiB is moved, which takes less than a millisecond, what
-another thread writes there in place is lost. A forked process takes leases of its own as it starts; in the moment
+file for writing, the file is not protected. A forked process takes leases of its own as it starts; in the moment
 before that it has none.
 """
 
@@ -25,10 +24,11 @@ import struct
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeAlias
 
-from torch._load_lazy import _live
+from torch._load_lazy import _live, _memory
 from torch.utils.serialization import config
 
 
@@ -75,8 +75,8 @@ _tickets = itertools.count()
 _watcher: "_Watcher | None" = None
 
 
-def protect(pages: Any, file: BinaryIO) -> None:
-    """Takes a lease on a file for as long as ``pages``, which are mapped from it, live.
+def protect(pages: Any, file: BinaryIO) -> Callable[[], Any] | None:
+    """Takes a lease on a file for as long as ``pages``, which are mapped from it, live; returns what ends it earlier.
 
     Args:
         pages: can be weakly referenced; :mod:`torch._load_lazy._live` knows how to detach them
@@ -86,8 +86,10 @@ def protect(pages: Any, file: BinaryIO) -> None:
     key, ticket = (status.st_dev, status.st_ino), next(_tickets)
     with _lock:
         if not _join(key, ticket) and not _lease(key, file.fileno(), ticket):
-            return
-    weakref.finalize(pages, _leave, key, ticket).atexit = False
+            return None
+    end = weakref.finalize(pages, _leave, key, ticket)
+    end.atexit = False
+    return end
 
 
 def _join(key: _File, ticket: int) -> bool:
@@ -229,4 +231,10 @@ def _after_fork() -> None:
             _leases.pop(key).give_back()
 
 
+# NB: no process is forked with a piece of memory that is being moved.
+os.register_at_fork(
+    before=_memory.detaching.acquire,
+    after_in_parent=_memory.detaching.release,
+    after_in_child=_memory.detaching.release,
+)
 os.register_at_fork(after_in_child=_after_fork)

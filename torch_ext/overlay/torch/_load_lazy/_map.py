@@ -70,16 +70,20 @@ class Parts(list[weakref.ref[memoryview]]):
     """The slices of a buffer that storages lie in, as long as those live.
 
     Attributes:
-        are_moved: whether they have been moved to memory of their own.
+        are_moved: whether they have been moved to memory of their own
+        end_lease: ends the buffer's lease on the file
     """
 
     are_moved = False
+    end_lease: Callable[[], Any] | None = None
 
     def move(self, pages: Any) -> None:
         """Lets the file be changed: moves the slices of ``pages`` that are in use."""
         self.are_moved = True
         parts = [ref() for ref in self]
         _memory.detach(pages, [part for part in parts if part is not None])
+        if self.end_lease is not None:
+            self.end_lease()
 
 
 def _reader_of(mode: str) -> Callable[[BinaryIO, int, Parts], Any]:
@@ -101,5 +105,5 @@ def _map(file: BinaryIO, size: int, parts: Parts) -> Any:
     if _memory.CAN_DETACH and config.load.lazy_leases:
         from torch._load_lazy import _lease
 
-        _lease.protect(buffer.obj, file)
+        parts.end_lease = _lease.protect(buffer.obj, file)
     return buffer
