@@ -197,23 +197,26 @@ class Builder:
         new = used.keys().isdisjoint(keys) and len({*keys}) == len(keys)
         if not (plain and new):
             return list(map(self._place, layouts, keys))
-        tensors = self._plain_tensors(layouts, map(archive.starts.__getitem__, keys))
+        starts = map(archive.starts.__getitem__, keys)
+        tensors = self._plain_tensors(layouts, starts, sizes)
         records = map(itemgetter(0), layouts)
         used.update(zip(keys, zip(records, tensors, strict=True), strict=True))
         return tensors
 
     def _plain_tensors(
-        self, layouts: Sequence[Layout], starts: Iterable[int]
+        self, layouts: Sequence[Layout], starts: Iterable[int], sizes: Iterable[int]
     ) -> list[torch.Tensor]:
         # NB: the inner loop of a load. A tensor over a buffer of its own has a storage of
         # its own; resize_as_ is the cheapest way to give it a shape.
         assert self._places.mapping is not None  # else no layout is plain
         buffer = self._places.mapping.buffer
         frombuffer, shaped = torch.frombuffer, self._shaped
-        tensors, flat = [], []
-        for layout, start in zip(layouts, starts, strict=True):
-            (dtype, _, numel), _, _, size, _, _, _, _ = layout
-            tensor = frombuffer(buffer, dtype=dtype, count=numel, offset=start)
+        parts, tensors, flat = [], [], []
+        for layout, start, nbytes in zip(layouts, starts, sizes, strict=True):
+            (dtype, _, _), _, _, size, _, _, _, _ = layout
+            part = buffer[start : start + nbytes]
+            parts.append(part)
+            tensor = frombuffer(part, dtype=dtype)
             if len(size) == 1:
                 flat.append(tensor)
             elif size in shaped:
@@ -221,6 +224,7 @@ class Builder:
             else:
                 shaped[size] = tensor.resize_(size)
             tensors.append(tensor)
+        self._places.mapping.use(parts)
         # What torch.load makes is of version 1: it was given a storage.
         increment_version(flat)
         return tensors

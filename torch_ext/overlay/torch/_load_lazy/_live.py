@@ -78,6 +78,15 @@ def detach(status: os.stat_result) -> bool:
     return True
 
 
+def move(file: tuple[int, int]) -> None:
+    """Makes all that can be detached need the file no more, given by its device and inode."""
+    for ticket, entry in _entries.copy().items():
+        owner = entry.owner()
+        if entry.file == file and entry.detach is not None and owner is not None:
+            entry.detach(owner)
+            _entries.pop(ticket, None)
+
+
 def _of(status: os.stat_result) -> dict[int, _Entry]:
     file = status.st_dev, status.st_ino
     return {k: entry for k, entry in _entries.copy().items() if entry.file == file}

@@ -4,14 +4,16 @@
 never reach the file. Nothing is read, and no memory is reserved, before a page is touched.
 Law: the mapping ends with the last tensor over it, and no file descriptor stays open.
 
-Limits: when someone else truncates the mapped file, touching what is gone ends the process
-with SIGBUS, and what someone writes into it shows up in pages not touched so far. With
+A lease (see ``_lease``) lets what is mapped outlive a change of the file. Limits: without one,
+when someone else truncates the mapped file, touching what is gone ends the process with
+SIGBUS, and what someone writes into it shows up in pages not touched so far. With
 ``torch.utils.serialization.config.load.lazy_mode = "read"`` the file is read instead.
 """
 
 import os
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 import torch
@@ -34,12 +36,13 @@ class Mapping:
         self._size = size
         self._make = _reader_of(mode or config.load.lazy_mode)
         self._buffer: Any = None
+        self._parts = Parts()
 
     @property
     def buffer(self) -> Any:
         """The whole file, as a writable buffer whose end ends the mapping."""
         if self._buffer is None:
-            self._buffer = self._make(self._file, self._size)
+            self._buffer = self._make(self._file, self._size, self._parts)
         return self._buffer
 
     def storage(self, extent: Extent) -> torch.UntypedStorage:
@@ -49,25 +52,58 @@ class Mapping:
             # As torch's reader does it: not resizable.
             empty: torch.UntypedStorage = torch.UntypedStorage(0, device="cpu")[:0]
             return empty
-        return torch.frombuffer(
-            self.buffer, dtype=torch.uint8, count=size, offset=start
-        ).untyped_storage()
+        part = self.buffer[start : start + size]
+        self.use([part])
+        return torch.frombuffer(part, dtype=torch.uint8).untyped_storage()
+
+    def use(self, parts: Iterable[memoryview]) -> None:
+        """Notes slices of the buffer that storages lie in: those alone are moved when the file is changed."""
+        self._parts.extend(map(weakref.ref, parts))
+        if self._parts.are_moved:
+            raise RuntimeError(
+                f"Expected {self._file.name} to be as it was when it was opened, got one that is being changed. "
+                "(Is it still being written?)"
+            )
 
 
-def _reader_of(mode: str) -> Callable[[BinaryIO, int], Any]:
+class Parts(list[weakref.ref[memoryview]]):
+    """The slices of a buffer that storages lie in, as long as those live.
+
+    Attributes:
+        are_moved: whether they have been moved to memory of their own
+        end_lease: ends the buffer's lease on the file
+    """
+
+    are_moved = False
+    end_lease: Callable[[], Any] | None = None
+
+    def move(self, pages: Any) -> None:
+        """Lets the file be changed: moves the slices of ``pages`` that are in use."""
+        self.are_moved = True
+        parts = [ref() for ref in self]
+        _memory.detach(pages, [part for part in parts if part is not None])
+        if self.end_lease is not None:
+            self.end_lease()
+
+
+def _reader_of(mode: str) -> Callable[[BinaryIO, int, Parts], Any]:
     if mode == "map":
         return _map
     if mode == "read":
-        return _read_whole.read
+        return lambda file, size, _: _read_whole.read(file, size)
     raise ValueError(
         "Expected torch.utils.serialization.config.load.lazy_mode to be 'map' or 'read', "
         f"got {mode!r}."
     )
 
 
-def _map(file: BinaryIO, size: int) -> Any:
+def _map(file: BinaryIO, size: int, parts: Parts) -> Any:
     buffer = _memory.of_file(file.fileno(), size, file.name)
     if sys.platform != "win32":  # which refuses to truncate a mapped file
-        detach = _memory.detach if _memory.CAN_DETACH else None
+        detach = parts.move if _memory.CAN_DETACH else None
         _live.add(buffer.obj, os.fstat(file.fileno()), detach=detach)
+    if _memory.CAN_DETACH and config.load.lazy_leases:
+        from torch._load_lazy import _lease
+
+        parts.end_lease = _lease.protect(buffer.obj, file)
     return buffer

@@ -94,14 +94,15 @@ def load(file: OpenFile) -> dict[str, torch.Tensor]:
 def _mapped(places: Places, tensors: Iterable[Tensor]) -> dict[str, torch.Tensor]:
     # NB: the inner loop of a load. Tensors are views, as safetensors' own are.
     assert places.mapping is not None
-    frombuffer, result = torch.frombuffer, {}
+    frombuffer, parts, result = torch.frombuffer, [], {}
     for name, dtype, size, (start, nbytes) in tensors:
         if nbytes:
-            buffer, count = places.mapping.buffer, nbytes // dtype.itemsize
-            flat = frombuffer(buffer, dtype=dtype, count=count, offset=start)
-            result[name] = flat.view(size)
+            part = places.mapping.buffer[start : start + nbytes]
+            parts.append(part)
+            result[name] = frombuffer(part, dtype=dtype).view(size)
         else:
             result[name] = _placed(places, name, dtype, size, (start, nbytes))
+    places.mapping.use(parts)
     return result
 
 
