@@ -110,8 +110,7 @@ class Module:
 
     @seam("deferred_init", base=("c794bb38d69f5b78",))
     def _apply(self, fn, recurse=True):
-        if "torch.nn.utils._deferred_init._outside" in sys.modules:
-            from torch.nn.utils._deferred_init import _outside
-
-            fn = _outside.naming_the_remedy(fn)
+        outside = sys.modules.get("torch.nn.utils._deferred_init._outside")
+        if outside is not None:
+            fn = outside.naming_the_remedy(self, fn)
         ...

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.nn.modules._to_empty import own
 from torch.nn.utils._deferred_init._context import current
 from torch.nn.utils._deferred_init._materialize import is_deferred, is_lost
 from torch.nn.utils._deferred_init._moves import copy_of
@@ -161,9 +162,18 @@ class _Applied:
 _NO_DATA = "Cannot copy out of meta tensor; no data!"
 
 
-def naming_the_remedy(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``fn`` of ``Module._apply``, which calls it with each tensor, and hands it on to the modules below."""
-    return fn if type(fn) is _Applied else _Applied(fn)
+def naming_the_remedy(
+    module: Module, fn: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """What ``module._apply`` calls with each tensor: ``fn`` itself, unless ``module`` has tensors on meta."""
+    if type(fn) is _Applied or not any(map(_is_on_meta, own(module))):
+        return fn
+    return _Applied(fn)
+
+
+def _is_on_meta(tensor: Any) -> bool:
+    keys = issubclass(type(tensor), Tensor) and torch._C._dispatch_keys(tensor)
+    return bool(keys and keys.has(_META_KEY))
 
 
 def to_pickle(tensor: Tensor) -> Tensor:
