@@ -9,7 +9,7 @@ Not here: plain and quantized tensors, which torch checks when it makes them. Wh
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,7 +20,8 @@ from torch.serialization import _serialization_tls
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
-_LEAVES = (str, bytes, int, float, complex, type, types.ModuleType, types.FunctionType)
+_PLAIN = {type(None), bool, int, float, complex, str, bytes}
+_LEAVES = (*_PLAIN, type, types.ModuleType, types.FunctionType)
 _MAX_PATH = 200  # characters
 _REBUILDS = {
     function.__code__
@@ -104,16 +105,23 @@ def _tensors(result: Any) -> Iterator[tuple[torch.Tensor, _Place | None]]:
             if value.layout is not torch.strided or value.is_nested:
                 yield value, place
         elif isinstance(value, dict):
-            waiting += [(v, _Place(place, *_item(k))) for k, v in dict.items(value)]
-            waiting += [(k, place) for k in dict.keys(value)]
+            items = _others(dict.items(value))
+            waiting += [(v, _Place(place, *_item(k))) for k, v in items]
+            waiting += [(k, place) for k in dict.keys(value) if type(k) not in _PLAIN]
         elif isinstance(value, (list, tuple)):
-            items = enumerate(value)
+            items = _others(enumerate(value))
             waiting += [(v, _Place(place, "[{}]", i)) for i, v in items]
         elif isinstance(value, (set, frozenset)):
             waiting += [(v, place) for v in value]
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
-            waiting += [(v, _Place(place, ".{}", k)) for k, v in attributes.items()]
+            items = _others(attributes.items())
+            waiting += [(v, _Place(place, ".{}", k)) for k, v in items]
+
+
+def _others(items: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    # NB: a state may have a list of a million numbers.
+    return [item for item in items if type(item[1]) not in _PLAIN]
 
 
 def _item(key: Any) -> tuple[str, Any]:
