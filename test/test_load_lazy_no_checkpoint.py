@@ -87,6 +87,30 @@ wrote, got 512 zeros at offset 0. (Was the download or the copy interrupted?)"""
             self.load_error(str(path)), "got (a Git LFS pointer|an HTML|512 zeros)"
         )
 
+    @parametrize("data", [LFS, HTML, bytes(1000), gzip.compress(b"x")])
+    def test_asked_to_map_it(self, data):
+        path = Path(self.folder, "x.pt")
+        path.write_bytes(data)
+        expected = self.load_error(str(path))
+        with self.assertRaises(RuntimeError) as raised:
+            torch.load(str(path), lazy=True, mmap=True)
+        self.assertIn(str(raised.exception).partition(" to have ")[2], expected)
+
+    @parametrize("data", [LFS, HTML])
+    def test_in_place_of_an_index(self, data):
+        path = Path(self.folder, "model.safetensors.index.json")
+        path.write_bytes(data)
+        kind = "a Git LFS pointer" if data is LFS else "an HTML or XML page"
+        remedy = r"\((Fetch|Was an error)"
+        self.assertRegex(
+            self.load_error(self.folder), f"an index in JSON, got {kind}. {remedy}"
+        )
+
+    @parametrize("data", [LFS, HTML])
+    def test_contents_that_are_no_checkpoint(self, data):
+        with self.assertRaisesRegex(ValueError, "bytes that are no path.*BytesIO"):
+            torch.load(data, lazy=True)
+
     def test_contents_instead_of_a_path(self):
         data = Path(self.path).read_bytes()
         with self.assertRaisesRegex(
@@ -104,6 +128,10 @@ wrote, got 512 zeros at offset 0. (Was the download or the copy interrupted?)"""
     def test_a_url(self, url):
         with self.assertRaisesRegex(ValueError, "got the URL .*fsspec.open"):
             torch.load(url, lazy=True)
+        from torch._load_lazy import load_deferred
+
+        with self.assertRaisesRegex(ValueError, "got the URL .*fsspec.open"):
+            load_deferred(url)
 
     def test_a_file_object_of_fsspec(self):
         url = "memory://folder/model.pt"

@@ -4,7 +4,6 @@
 import gc
 import io
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -66,19 +65,11 @@ class TestProcesses(TestCase):
         with open(self.path, "rb") as file:
             return file.read()
 
-    def skip_unless_found(self, source, context):
-        """Deferred tensors go to another process as such: it has to know of them."""
-        if source == "file" and context == "spawn":
-            child = [sys.executable, "-c", "import torch, torch._load_lazy"]
-            if subprocess.run(child, stderr=subprocess.DEVNULL).returncode:
-                self.skipTest("other processes have a torch without lazy loading")
-
     # Processes
 
     @parametrize("context", CONTEXTS)
     @parametrize("source", SOURCES)
     def test_data_loader(self, source, context):
-        self.skip_unless_found(source, context)
         lazy = self.load(source)
         loader = DataLoader(
             TensorDataset(lazy["x"], lazy["y"]),
@@ -96,7 +87,6 @@ class TestProcesses(TestCase):
     @parametrize("context", CONTEXTS)
     @parametrize("source", ["path", "file"])
     def test_sent_to_a_pool(self, source, context):
-        self.skip_unless_found(source, context)
         lazy = self.load(source)
         with mp.get_context(context).Pool(1) as pool:
             self.assertEqual(pool.apply(torch.sum, (lazy["x"],)), self.state["x"].sum())

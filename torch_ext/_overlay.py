@@ -6,10 +6,11 @@ module does; it only cannot be found any more.
 
 import importlib.util
 import sys
+import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 
 from torch_ext._series import Patch
@@ -26,20 +27,34 @@ def new_files(patch: Patch) -> dict[str, Path]:
     return files
 
 
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        # NB: here, since it imports this module.
+        from torch_ext._sent import wrap_reducers
+
+        wrap_reducers(module.__name__, [*_finder.patches, *_finder.others])
+
+
 class _Finder(MetaPathFinder):
     def __init__(self) -> None:
-        self.files: dict[str, Path] = {}
+        # The new files of each patch that is on, and of those of which another process has sent something.
+        self.patches: dict[str, dict[str, Path]] = {}
+        self.others: dict[str, dict[str, Path]] = {}
 
     def find_spec(
         self, fullname: str, path: object = None, target: object = None
     ) -> ModuleSpec | None:
         if fullname.startswith("torch."):
             stem = fullname.replace(".", "/")
-            for file in (f"{stem}.py", f"{stem}/__init__.py"):
-                if file in self.files:
-                    return importlib.util.spec_from_file_location(
-                        fullname, self.files[file]
-                    )
+            for files in (*self.patches.values(), *self.others.values()):
+                for name in (f"{stem}.py", f"{stem}/__init__.py"):
+                    if name in files:
+                        file = files[name]
+                        loader = _Loader(fullname, str(file))
+                        return importlib.util.spec_from_file_location(
+                            fullname, file, loader=loader
+                        )
         return None
 
 
@@ -49,13 +64,23 @@ _finder = _Finder()
 @contextmanager
 def overlay_of(patches: Iterable[Patch]) -> Iterator[None]:
     """From now on find the new files of exactly ``patches``; back to before if the block raises."""
-    # NB: behind the other finders, so that a file which torch has by now wins.
-    if _finder not in sys.meta_path:
-        sys.meta_path.append(_finder)
-    before = _finder.files
-    _finder.files = {k: v for patch in patches for k, v in new_files(patch).items()}
+    _install()
+    before = _finder.patches
+    _finder.patches = {patch.name: new_files(patch) for patch in patches}
     try:
         yield
     except BaseException:
-        _finder.files = before
+        _finder.patches = before
         raise
+
+
+def find_also(patches: Iterable[Patch]) -> None:
+    """From now on find the new files of ``patches``, too, whether they are on or not."""
+    _install()
+    _finder.others.update({patch.name: new_files(patch) for patch in patches})
+
+
+def _install() -> None:
+    # NB: behind the other finders, so that a file which torch has by now wins.
+    if _finder not in sys.meta_path:
+        sys.meta_path.append(_finder)

@@ -45,6 +45,10 @@ def load(
         >>> with fsspec.open("s3://bucket/model.pt", "rb") as f:
         ...     rows = {k: v[rank::world].float() for k, v in torch.load(f, lazy=True).items()}
         ...     rows = {k: v.clone() for k, v in rows.items()}
+        # Read a local file whole, since another program may truncate it or write to it
+        >>> import torch.utils.serialization.config
+        >>> torch.utils.serialization.config.load.lazy_mode = "read"
+        >>> state_dict = torch.load("model.pt", lazy=True)
     """
     if lazy is not False:
         from torch import _load_lazy

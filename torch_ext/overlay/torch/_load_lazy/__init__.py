@@ -115,6 +115,7 @@ def load_deferred(path: str, *, weights_only: bool | None = None) -> Any:
         path: as ``f`` of :func:`load`
         weights_only: as for torch.load
     """
+    check_path(path)
     made = request(path, "cpu", None, weights_only, False, {})
     try:
         with paused_gc():
@@ -164,6 +165,7 @@ def _load_file(file: OpenFile) -> Any:
     if magic.startswith(b"PK\3\4"):
         return _load_zip(file)
     if file.request.mmap:
+        _refuse_others(file, _BEGINNING)
         name = f"{file.request.f}, " if isinstance(file.request.f, str) else ""
         raise RuntimeError(
             "mmap can only be used with files saved with "
@@ -174,7 +176,7 @@ def _load_file(file: OpenFile) -> Any:
         return file.eager()
     if magic.startswith(b"\x80"):
         return _legacy.load(file)
-    _refuse_others(file, _BEGINNING)
+    _refuse_others(file, _BEGINNING)  # NB: before tar, of which zeros are an empty one
     if _tar.is_tar(file):
         return _tar.load(file)
     file.bad(_BEGINNING, f"{magic!r}", 0)

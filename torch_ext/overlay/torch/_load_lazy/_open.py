@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import _utils
+from torch._load_lazy import _invariants
 from torch._load_lazy._map import Mapping
 from torch._load_lazy._request import NotLazy, Request
 from torch._load_lazy._screen import Refused, screen
@@ -98,12 +99,16 @@ class OpenFile:
             self.rewound()
         with forgotten_if_failed():
             try:
-                return self.request.eager()
+                result = self.request.eager()
             except SIGNS_OF_DAMAGE as error:
-                if not self.request.weights_only or isinstance(error, RuntimeError):
+                is_torchs = isinstance(error, RuntimeError)
+                is_known = self.request.weights_only and not is_torchs
+                if not (is_known or _invariants.is_of_rebuild(error)):
                     raise
                 got = f"one on which torch.load raised {type(error).__name__}: {error}"
                 self.bad("a state dict", got, 0)
+        _invariants.check(result, lambda expected, got: self.bad(expected, got, 0))
+        return result
 
     def _screen(self) -> None:
         try:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._load_lazy._modes import has_dispatch_modes
 from torch._load_lazy._places import carrying
+from torch._load_lazy._sniff import BEGINNING, describe
 from torch.serialization import (
     _check_dill_version,
     _default_to_weights_only,
@@ -82,7 +83,9 @@ _MAX_PATH = 4096  # bytes; Linux takes no longer one
 
 def check_path(f: Any) -> None:
     """Raises if ``f`` is no path, though its type is that of one."""
-    if isinstance(f, bytes) and (b"\0" in f or len(f) > _MAX_PATH):
+    if isinstance(f, bytes) and (
+        b"\0" in f or len(f) > _MAX_PATH or describe(f[:BEGINNING]) is not None
+    ):
         raise ValueError(
             f"Expected f to be a path or a file object, got {len(f)} bytes that are no path. "
             "(Did you mean io.BytesIO(f)?)"

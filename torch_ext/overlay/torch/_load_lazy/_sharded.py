@@ -15,6 +15,8 @@ import reprlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from torch._load_lazy._sniff import BEGINNING, describe
+
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -88,6 +90,9 @@ def _weight_map(path: str, data: bytes) -> dict[Any, str]:
     try:
         index = json.loads(data.decode(), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
+        found = describe(data[:BEGINNING])
+        if found is not None:
+            _bad(path, "an index in JSON", found.kind, found.remedy)
         _bad(path, "an index in JSON", f"{type(error).__name__} ({error})")
     weight_map = index.get("weight_map") if type(index) is dict else index
     if type(weight_map) is not dict:
@@ -113,8 +118,6 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _bad(path: str, expected: str, got: str) -> NoReturn:
-    raise RuntimeError(
-        f"Expected {path} to have {expected}, got {got}. (Are the files of one checkpoint, "
-        "and complete?)"
-    )
+def _bad(path: str, expected: str, got: str, remedy: str = "") -> NoReturn:
+    remedy = remedy or "Are the files of one checkpoint, and complete?"
+    raise RuntimeError(f"Expected {path} to have {expected}, got {got}. ({remedy})")
