@@ -193,6 +193,7 @@ class Ops:
         draws_by_value = op.random and op.writes and not op.fills
         written = op.written(args, kwargs)
         at_once = op.tells or draws_by_value or op.silently_written(args, kwargs)
+        at_once = at_once or (written and not op.returns_written)
         if at_once or any(not t.is_meta for t in written):
             return self.execute(op, func, args, kwargs)
         if op.views or op.name == "resize_":
@@ -409,9 +410,9 @@ class Ops:
                 e.args = (f"{e} It is needed by {op.name}, called at {where()}.",)
                 raise
             made = func(*args, **kwargs)
-        if written:
-            if made is None:
-                return None
+        if made is None:
+            return None
+        if op.returns_written:
             return written[0] if isinstance(made, Tensor) else tuple(written)
         return _map(self._adopt_plain, made)
 

@@ -63,7 +63,9 @@ class Op:
         self.random = torch.Tag.nondeterministic_seeded in func.tags
         self.fills = self.name in _FILLS
         returns = func._schema.returns
-        self.views = any(r.alias_info for r in returns) and not self.writes
+        aliases = any(r.alias_info for r in returns)
+        self.views = aliases and not self.writes
+        self.returns_written = aliases and bool(self.writes)
         self.communicates = func.namespace in _COMMUNICATION
         self.tells = not any("Tensor" in str(r.type) for r in returns)
 
