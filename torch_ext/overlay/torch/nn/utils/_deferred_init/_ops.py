@@ -192,8 +192,10 @@ class Ops:
         # NB: how much a random op draws may depend on what it writes to.
         draws_by_value = op.random and op.writes and not op.fills
         written = op.written(args, kwargs)
-        at_once = op.tells or draws_by_value or op.silently_written(args, kwargs)
-        at_once = at_once or (written and not op.returns_written)
+        writes_aside = op.silently_written(args, kwargs) or (
+            written and not op.returns_written
+        )
+        at_once = op.tells or draws_by_value or bool(writes_aside)
         if at_once or any(not t.is_meta for t in written):
             return self.execute(op, func, args, kwargs)
         if op.views or op.name == "resize_":
