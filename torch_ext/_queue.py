@@ -5,6 +5,7 @@ force is always computed anew from the live handles, so they may be removed in a
 """
 
 import difflib
+import sys
 import threading
 from collections.abc import Iterable
 from types import TracebackType
@@ -131,6 +132,17 @@ def _apply() -> None:
     tree = [patch for patch in on if patch.name in tree_patches()]
     with overlay_of([patch for patch in on if patch not in tree]):
         _graft.graft(_seams(on), _seams(tree))
+    _end_what_runs([patch for patch in series if patch not in on])
+
+
+def _end_what_runs(off: Iterable[Patch]) -> None:
+    """End what new files of patches that are off have running, such as a thread: they say how by ``_at_disable()``."""
+    files = [file for patch in off for file in patch.files]
+    names = tuple(file.removesuffix(".py").replace("/", ".") for file in files)
+    for name in [name for name in sys.modules if name.startswith(names)]:
+        end = getattr(sys.modules[name], "_at_disable", None)
+        if end is not None:
+            end()
 
 
 def _seams(patches: Iterable[Patch]) -> list[Seam]:

@@ -48,6 +48,7 @@ class _Lease:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.owners: set[int] = set()
+        self._before = self._contents()
 
     def take(self, thread: int) -> None:
         """Takes the lease, and lets its signals go to a thread."""
@@ -60,6 +61,14 @@ class _Lease:
         """Whether somebody waits to change the file."""
         # NB: while the lease is being broken, this is what it has to become.
         return fcntl.fcntl(self.descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK
+
+    def is_broken(self) -> bool:
+        """Whether the system no longer waited, and the file is another one by now."""
+        return self._contents() != self._before
+
+    def _contents(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
 
     def give_back(self) -> None:
         with suppress(OSError):
@@ -159,7 +168,8 @@ def _give_back_if_wanted(key: _File, lease: _Lease) -> None:
     except OSError:  # ended meanwhile
         return
     try:
-        _live.move(key)
+        if not lease.is_broken():  # NB: else there is nothing to read any more
+            _live.move(key)
     except (MemoryError, OSError) as error:
         warnings.warn(
             f"A mapped file is changed, and its tensors cannot be moved to memory: {error}",
@@ -180,7 +190,7 @@ def _watching() -> int:
         _watcher = _Watcher()
         _watcher.start()
         _watcher.ready.wait()
-        atexit.register(_end)
+        atexit.register(_at_disable)
     assert _watcher.native_id is not None
     return _watcher.native_id
 
@@ -189,13 +199,13 @@ def _end_if_idle() -> None:
     global _watcher
     if not _leases and _watcher is not None:
         ended, _watcher = _watcher, None
-        atexit.unregister(_end)
+        atexit.unregister(_at_disable)
         if ended.ident is not None and ended.is_alive():
             signal.pthread_kill(ended.ident, _signal())
 
 
-def _end() -> None:
-    """At exit: others wait for no lease of a process that ends."""
+def _at_disable() -> None:
+    """Give back all leases, also at exit: others wait for no lease of a process that ends."""
     with _lock:
         while _leases:
             _leases.popitem()[1].give_back()
