@@ -19,6 +19,7 @@ import time
 import traceback
 import unittest
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -141,6 +142,10 @@ def anonymous():
 
 @unittest.skipIf(not IS_LINUX, "leases are Linux's")
 class TestLease(TestCase):
+    def setUp(self):
+        super().setUp()
+        self.enterContext(mock.patch.object(config.load, "lazy_leases", 128))
+
     def path(self, where="/dev/shm"):
         folder = tempfile.TemporaryDirectory(dir=where)
         self.addCleanup(folder.cleanup)

@@ -8,7 +8,6 @@ import unittest
 import warnings
 import zipfile
 from pathlib import Path
-from unittest import mock
 
 import torch
 from load_lazy_case import described, LazyTestCase
@@ -55,9 +54,6 @@ class TestLoadLazyMapped(LazyTestCase):
 
     @unittest.skipIf(not IS_LINUX, "reads /proc")
     def test_mapping_ends_with_its_last_tensor(self):
-        self.enterContext(
-            mock.patch.object(serialization_config.load, "lazy_leases", 0)
-        )
         fds = set(os.listdir("/proc/self/fd"))
         lazy = torch.load(
             self.save({"x": torch.ones(9), "y": [torch.ones(9)]}), lazy=True

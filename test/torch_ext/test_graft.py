@@ -2,14 +2,10 @@
 
 import dataclasses
 import inspect
-import os
 import pydoc
 import sys
-import tempfile
 import threading
-import time
 import traceback
-import unittest
 from unittest import mock
 
 import kinds_of_seams as kinds
@@ -240,23 +236,6 @@ class TestGraft(TestCase):
             self.assertEqual(
                 f([torch.ones(2), torch.zeros(1)]), torch.tensor([2.0, 2.0, 1.0])
             )
-
-    @unittest.skipIf(sys.platform != "linux", "leases are Linux's")
-    def test_what_runs_ends_with_its_patch(self):
-        path = os.path.join(self.enterContext(tempfile.TemporaryDirectory()), "m.pt")
-        torch.save({"x": torch.ones(3)}, path)
-
-        def runs():
-            return any("leases" in thread.name for thread in threading.enumerate())
-
-        with torch_ext.enable("load_lazy"):
-            loaded = torch.load(path, lazy=True)
-            self.assertTrue(runs())
-        end = time.monotonic() + 20
-        while runs() and time.monotonic() < end:
-            time.sleep(0.01)
-        self.assertFalse(runs())
-        self.assertEqual(loaded, {"x": torch.ones(3)})
 
     def test_threads(self):
         before = snapshot()

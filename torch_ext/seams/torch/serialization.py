@@ -25,12 +25,10 @@ def load(
             a file object, for another device, of the other byte order, with ``mmap=False``) are deferred: views and
             casts of them stay so, and the first use reads the bytes that it needs. Writes to a tensor never reach the
             file. :attr:`f` may also be a safetensors file, the index of a sharded checkpoint, or a folder that holds
-            one, ``model.safetensors`` or ``pytorch_model.bin``. On Linux a lease is held on a mapped file,
-            so that its tensors keep their values when it is changed. Where there is none (network file systems, files
-            of another owner, other systems), it must not be truncated or written to by others than :func:`torch.save`
-            while a mapped tensor lives; where that may happen, set
-            ``torch.utils.serialization.config.load.lazy_mode`` to ``"read"``, which reads a local file whole. Default:
-            ``False``
+            one, ``model.safetensors`` or ``pytorch_model.bin``. While a mapped tensor lives, its file
+            must not be truncated or written to by others than :func:`torch.save`; where that may happen, set
+            ``torch.utils.serialization.config.load.lazy_mode`` to ``"read"``, which reads a local file whole, or, on
+            Linux, ``lazy_leases`` to the number of files that are to be protected by a lease. Default: ``False``
 
     Raises:
         RuntimeError: With ``lazy=True``, if the file is damaged or lies about itself; the text names the file, the

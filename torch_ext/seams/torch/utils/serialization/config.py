@@ -11,4 +11,5 @@ class load:
 
     # Of how many mapped files at a time a lease is held, with a descriptor each (Linux). A lease lets tensors outlive a
     # change of their file by anybody: who opens it for writing waits until what is in use has moved to memory. 0: none.
-    lazy_leases: int = 128
+    # NB: who keeps the GIL while it opens the file for writing waits for 45 seconds, and the file is not protected.
+    lazy_leases: int = 0
