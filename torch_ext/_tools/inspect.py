@@ -8,7 +8,6 @@ tensor torch reads the indices.)
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import rich.filesize
 import torch
 
 import torch_ext
+from torch_ext._tools.torchscript import refuse_torchscript
 
 
 Path = tuple[str, ...]
@@ -90,10 +90,7 @@ def main(path: str, as_json: bool) -> int:
 
 def read(path: str) -> Contents:
     """Look at a file; none of its tensors' data are read."""
-    if _is_torchscript(path):
-        raise RuntimeError(
-            "Expected a file of weights, got a TorchScript archive. (Did you mean torch.jit.load?)"
-        )
+    refuse_torchscript(path)
     with torch_ext.enable("load_lazy"):
         loaded = torch.load(path, map_location="cpu", lazy=True)
         return _contents(loaded)
@@ -131,13 +128,6 @@ def _storage(tensor: torch.Tensor) -> tuple[int, int]:
         return id(deferral.storage), deferral.storage.contents.nbytes
     storage = tensor.untyped_storage()
     return storage._cdata, storage.nbytes()
-
-
-def _is_torchscript(path: str) -> bool:
-    if not (os.path.isfile(path) and zipfile.is_zipfile(path)):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _leaves(root: Any) -> Iterator[tuple[Path, Any]]:
