@@ -106,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     mailbox.set_defaults(run=_export)
 
     verify = commands.add_parser(
-        "verify", help="check the checksum of every record in files of weights"
+        "verify",
+        help="check the checksum of every record in files of weights, or folders of them",
     )
     verify.add_argument("files", nargs="+", metavar="FILE")
     verify.set_defaults(run=_verify)

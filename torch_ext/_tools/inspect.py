@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import rich.filesize
@@ -21,6 +22,7 @@ from torch_ext._tools.torchscript import refuse_torchscript
 
 Path = tuple[str, ...]
 
+_LARGE = 4096  # bytes of a storage, of which what is not used is told
 _MAX_DEPTH = 100  # of containers in containers, and of dots in a name
 
 
@@ -65,6 +67,15 @@ class Contents:
     def tensors(self) -> list[Tensor]:
         """Those of the leaves that are tensors."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    @cached_property
+    def used(self) -> list[int]:
+        """The bytes of the tensors of each storage, those that are in several counted for each."""
+        found = [0] * len(self.storages)
+        for tensor in self.tensors:
+            if tensor.storage >= 0:
+                found[tensor.storage] += tensor.nbytes
+        return found
 
     @property
     def ties(self) -> list[list[Tensor]]:
@@ -184,6 +195,8 @@ def _text(path: str, size: int | None, contents: Contents) -> str:
         if isinstance(leaf, Tensor):
             tied_to = tied.get(leaf.path)
             tie = f"shares {_printable(tied_to.name)}" if tied_to else ""
+            of = _of_storage(leaf, contents)
+            tie = ", ".join(filter(None, (tie, of and f"of a storage of {of}")))
             nbytes = rich.filesize.decimal(leaf.nbytes)
             cells: tuple[str, ...] = leaf.dtype, str(list(leaf.shape)), nbytes, tie
         else:
@@ -204,6 +217,14 @@ def _text(path: str, size: int | None, contents: Contents) -> str:
     return "\n".join([*text, "", _summary(size, contents)])
 
 
+def _of_storage(tensor: Tensor, contents: Contents) -> str:
+    """The size of a tensor's storage, if the tensors use a small part of it: the file is larger than they are."""
+    if tensor.storage < 0:
+        return ""
+    size, used = contents.storages[tensor.storage], contents.used[tensor.storage]
+    return rich.filesize.decimal(size) if size >= _LARGE and 2 * used <= size else ""
+
+
 def _summary(size: int | None, contents: Contents) -> str:
     total = rich.filesize.decimal(sum(contents.storages))
     of_file = "" if size is None else f" of a file of {rich.filesize.decimal(size)}"
@@ -211,7 +232,10 @@ def _summary(size: int | None, contents: Contents) -> str:
     tensors = f"{len(contents.tensors):,} tensor{'s'[: len(contents.tensors) != 1]}"
     storages = f"{len(contents.storages):,} storage{'s'[: len(contents.storages) != 1]}"
     shared = f", {ties:,} of them shared" if ties else ""
-    return f"{tensors} in {storages}{shared}: {total}{of_file}"
+    used = sum(map(min, contents.used, contents.storages))
+    is_small = 2 * used <= sum(contents.storages) >= _LARGE
+    of_use = f", tensors use {rich.filesize.decimal(used)}" if is_small else ""
+    return f"{tensors} in {storages}{shared}: {total}{of_file}{of_use}"
 
 
 def _levels(path: Path) -> Path:
