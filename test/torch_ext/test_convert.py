@@ -169,6 +169,17 @@ Expected values that a DCP checkpoint can hold, got 'quantized' (a quantized ten
         self.assertEqual(loaded.keys(), values.keys())
         self.assertEqual(loaded["quantized"], q)
 
+    def test_jagged_tensors_in_a_fresh_process(self):
+        x = torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
+        torch.save({"m": x}, self.path)
+        for dst, status in (("x.pt", 0), ("x", 1)):
+            args = ["convert", str(self.path), str(self.folder / dst)]
+            done = subprocess.run(
+                [sys.executable, "-m", "torch_ext", *args], capture_output=True
+            )
+            self.assertEqual(done.returncode, status, done.stderr)
+        self.assertIn(b"got 'm' (a nested tensor)", done.stderr)
+
     def test_containers(self):
         x = torch.ones(3)
         endless = {"x": x}
@@ -305,6 +316,19 @@ class TestNothingLeft(ConvertCase):
         for dst in TARGETS:
             with self.subTest(dst):
                 self.assertEqual(self.broken(dst, KeyboardInterrupt), (130, ""))
+                self.assert_as_before()
+
+    def test_errors_instead_of_interrupts(self):
+        def halfway(*args, **kwargs):
+            # As a writer of zip files raises when it is stopped halfway.
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError("unexpected pos")
+
+        for dst in TARGETS:
+            with self.subTest(dst):
+                self.assertEqual(self.broken(dst, halfway), (130, ""))
                 self.assert_as_before()
 
     def test_signals(self):

@@ -27,6 +27,7 @@ import torch
 import torch_ext
 from torch_ext._tools.convertible import check, NAMES
 from torch_ext._tools.leaves import Leaves, leaves_of
+from torch_ext._tools.load import load
 from torch_ext._tools.new_folder import new_folder
 from torch_ext._tools.read_back import compare
 from torch_ext._tools.torchscript import refuse_torchscript
@@ -41,8 +42,8 @@ def main(src: str, dst: str, weights_only: bool, verify: bool) -> int:
     # NB: torch.distributed.checkpoint raises what is no Exception.
     except (Exception, _checkpoint_exception()) as e:
         cause = _cause(e)
-        if not isinstance(cause, Exception):
-            raise cause from None
+        if (stop := _stop(cause)) is not None:
+            raise stop from None
         print(f"torch_ext: {src}: {cause or type(cause).__name__}", file=sys.stderr)
         return 1
     print(f"{dst}: {rich.filesize.decimal(_size(Path(dst)))}")
@@ -107,17 +108,17 @@ def _convert_dcp(src: str, dst: str, verify: bool) -> None:
         if verify:
             old = values if target == "safetensors" else nested(src, values)
             # NB: what the pickles of a DCP checkpoint make is trusted already.
-            compare(old, _load(new, weights_only=False))
+            compare(old, load(new, weights_only=False))
 
 
 def _convert_to_pt(src: str, dst: str, weights_only: bool, verify: bool) -> None:
     from torch.distributed.checkpoint import _single_file as single_file  # type: ignore[attr-defined]
 
-    loaded = _load(src, weights_only)
+    loaded = load(src, weights_only)
     with single_file.replacing(dst) as new:
         torch.save(loaded, new)
         if verify:
-            compare(loaded, _load(new, weights_only))
+            compare(loaded, load(new, weights_only))
 
 
 def _convert_to_safetensors(
@@ -137,14 +138,14 @@ def _convert_to_safetensors(
     with single_file.replacing(dst) as new:
         single_file.save_safetensors(reader, new)
         if verify:
-            compare(leaves.values, _load(new, weights_only))
+            compare(leaves.values, load(new, weights_only))
     _tell(src, leaves, "safetensors")
 
 
 def _convert_to_dcp(src: str, dst: str, weights_only: bool, verify: bool) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    loaded = _load(src, weights_only)
+    loaded = load(src, weights_only)
     leaves = leaves_of(loaded)
     check(leaves.values, "dcp")
     with new_folder(dst) as new:
@@ -154,10 +155,6 @@ def _convert_to_dcp(src: str, dst: str, weights_only: bool, verify: bool) -> Non
         if verify:
             compare(leaves.values, open_dcp(new))
     _tell(src, leaves, "dcp")
-
-
-def _load(path: str, weights_only: bool) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=weights_only, lazy=True)
 
 
 def _tell(src: str, leaves: Leaves, target: str) -> None:
@@ -200,6 +197,17 @@ def _checkpoint_exception() -> type[BaseException]:
 def _cause(error: BaseException) -> BaseException:
     failures: Any = getattr(error, "failures", None)
     return next(iter(failures.values()))[0] if failures else error
+
+
+def _stop(error: BaseException | None) -> BaseException | None:
+    """What stopped the command; DCP, and writers that are stopped halfway, raise errors of their own instead."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _size(path: Path) -> int:

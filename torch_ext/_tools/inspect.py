@@ -17,6 +17,7 @@ import rich.filesize
 import torch
 
 import torch_ext
+from torch_ext._tools.load import load
 from torch_ext._tools.torchscript import refuse_torchscript
 
 
@@ -103,8 +104,7 @@ def read(path: str) -> Contents:
     """Look at a file; none of its tensors' data are read."""
     refuse_torchscript(path)
     with torch_ext.enable("load_lazy"):
-        loaded = torch.load(path, map_location="cpu", lazy=True)
-        return _contents(loaded)
+        return _contents(load(path))
 
 
 def _contents(loaded: Any) -> Contents:
