@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,25 @@ from torch_ext._tree import cached_tree
 from torch_ext._upstream import installed, tree_patches, Upstream
 
 
+_STATUS_OF_SIGNAL = 128  # as a shell tells of a command that a signal ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    try:
+        try:
+            return _run_command(argv)
+        finally:
+            # NB: else a closed pipe is found at exit, where it cannot be caught.
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _STATUS_OF_SIGNAL + signal.SIGINT
+    except BrokenPipeError:
+        _drop_output()
+        return _STATUS_OF_SIGNAL + signal.SIGPIPE
+
+
+def _run_command(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)
@@ -27,6 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"torch_ext: {e}", file=sys.stderr)
         status = 1
     return status
+
+
+def _drop_output() -> None:
+    """Let what nobody reads any more go nowhere, so that Python does not fail to write it at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     mailbox.set_defaults(run=_export)
 
     verify = commands.add_parser(
-        "verify", help="check the checksum of every record in files of weights"
+        "verify",
+        help="check the checksum of every record in files of weights, or folders of them",
     )
     verify.add_argument("files", nargs="+", metavar="FILE")
     verify.set_defaults(run=_verify)
@@ -100,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="weights_only",
         action="store_false",
         help="trust the pickle of SRC, as torch.load(weights_only=False); that of a DCP checkpoint is always trusted",
+    )
+    convert.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read DST back and compare it with SRC before it takes its name (default: yes)",
     )
     convert.set_defaults(run=_convert)
 
@@ -184,7 +220,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from torch_ext._tools import convert
 
-    return convert.main(args.src, args.dst, args.weights_only)
+    return convert.main(args.src, args.dst, args.weights_only, args.verify)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,22 @@ any code, so that a file that is bad on one rank is an error of all.""",
         rfc="rfcs/RFC-0005-sharded-load.md",
     ),
     Patch(
+        name="optimizer_load_full_state",
+        subject="[optim] Load full optimizer state into DTensor parameters",
+        summary="`Optimizer.load_state_dict` of full tensors into DTensor parameters: each rank gets its part",
+        rationale="""\
+Optimizer.load_state_dict of the state of an unsharded model, with parameters
+that are DTensors (fully_shard, tensor parallelism), keeps the full tensors as
+they are. The next step then raises "got mixed torch.Tensor and DTensor". State
+of the shape of its parameter now becomes a DTensor with the placements of the
+parameter, of which each rank keeps its own part. Nothing is sent, since each
+rank has the whole state dict; of torch.load(lazy=True) only the part is read.""",
+        files=("torch/optim/_sharded_state.py",),
+        tests=("test/distributed/test_optimizer_full_state.py",),
+        requires=("load_state_dict_sharded",),
+        rfc="rfcs/RFC-0005-sharded-load.md",
+    ),
+    Patch(
         name="deferred_init",
         subject="[nn] Add torch.nn.utils.deferred_init and meta_init",
         summary="`torch.nn.utils.deferred_init`, `materialize_module`: construct now, initialize later, bit for bit; "

@@ -135,6 +135,34 @@ class WithExtra(nn.Linear):
 
 
 class TestOddModules(ReuseTensorsTestCase):
+    @parametrize("reuse_tensors", [False, True])
+    def test_recipe_for_other_shapes(self, reuse_tensors):
+        # As the RFC prints it: each key of another shape gets the module's own value.
+        def with_head(size):
+            return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, size))
+
+        sd, model = with_head(5).state_dict(), with_head(7)
+        before = copy.deepcopy(model.state_dict())
+        own, kept = model.state_dict(), copy.copy(sd)
+        kept.update(
+            {k: own[k] for k, v in sd.items() if k in own and v.shape != own[k].shape}
+        )
+        self.assertEqual(kept._metadata, sd._metadata)
+        model.load_state_dict(kept, reuse_tensors=reuse_tensors)
+        for key, value in model.state_dict().items():
+            self.assertEqual(value, (before if key[0] == "2" else sd)[key])
+        # A misspelt key is still an error.
+        kept["0.wieght"] = kept.pop("0.weight")
+        with self.assertRaisesRegex(RuntimeError, "Missing.*0.weight"):
+            model.load_state_dict(kept, reuse_tensors=reuse_tensors)
+        if reuse_tensors:
+            with torch.device("meta"):
+                model = with_head(7)
+            own, kept = model.state_dict(), copy.copy(sd)
+            kept.update({k: own[k] for k, v in sd.items() if v.shape != own[k].shape})
+            result = model.load_state_dict(kept, strict=False, reuse_tensors=True)
+            self.assertEqual(result.still_meta, ("2.weight", "2.bias"))
+
     @parametrize("device", ["cpu", "meta"])
     def test_uninitialized_parameters(self, device):
         module, other = nn.LazyLinear(2, device=device), nn.Linear(3, 2)

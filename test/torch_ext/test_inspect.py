@@ -89,6 +89,24 @@ model.pt
         )
         self.assertEqual(found["others"][0], {"path": ["epoch"], "value": "int 3"})
 
+    def test_small_parts_of_storages(self):
+        large, packed = torch.zeros(1_000_000), torch.zeros(3000)
+        parts = dict(zip("qkv", packed.split(1000), strict=True))
+        torch.save({"row": large[:20], "last": large[-1:], **parts}, self.path)
+        self.assertExpectedInline(
+            self.inspect()[1],
+            """\
+model.pt
+  row   float32  [20]    80 bytes  of a storage of 4.0 MB
+  last  float32  [1]     4 bytes   shares row, of a storage of 4.0 MB
+  q     float32  [1000]  4.0 kB
+  k     float32  [1000]  4.0 kB    shares q
+  v     float32  [1000]  4.0 kB    shares q
+
+5 tensors in 2 storages, 2 of them shared: 4.0 MB of a file of 4.0 MB, tensors use 12.1 kB
+""",
+        )
+
     def test_one_tensor(self):
         torch.save(torch.ones(3, 0), self.path)
         self.assertExpectedInline(

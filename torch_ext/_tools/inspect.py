@@ -8,19 +8,22 @@ tensor torch reads the indices.)
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import rich.filesize
 import torch
 
 import torch_ext
+from torch_ext._tools.load import load
+from torch_ext._tools.torchscript import refuse_torchscript
 
 
 Path = tuple[str, ...]
 
+_LARGE = 4096  # bytes of a storage, of which what is not used is told
 _MAX_DEPTH = 100  # of containers in containers, and of dots in a name
 
 
@@ -66,6 +69,15 @@ class Contents:
         """Those of the leaves that are tensors."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
+    @cached_property
+    def used(self) -> list[int]:
+        """The bytes of the tensors of each storage, those that are in several counted for each."""
+        found = [0] * len(self.storages)
+        for tensor in self.tensors:
+            if tensor.storage >= 0:
+                found[tensor.storage] += tensor.nbytes
+        return found
+
     @property
     def ties(self) -> list[list[Tensor]]:
         """Tensors that share a storage, by storage."""
@@ -90,13 +102,9 @@ def main(path: str, as_json: bool) -> int:
 
 def read(path: str) -> Contents:
     """Look at a file; none of its tensors' data are read."""
-    if _is_torchscript(path):
-        raise RuntimeError(
-            "Expected a file of weights, got a TorchScript archive. (Did you mean torch.jit.load?)"
-        )
+    refuse_torchscript(path)
     with torch_ext.enable("load_lazy"):
-        loaded = torch.load(path, map_location="cpu", lazy=True)
-        return _contents(loaded)
+        return _contents(load(path))
 
 
 def _contents(loaded: Any) -> Contents:
@@ -131,13 +139,6 @@ def _storage(tensor: torch.Tensor) -> tuple[int, int]:
         return id(deferral.storage), deferral.storage.contents.nbytes
     storage = tensor.untyped_storage()
     return storage._cdata, storage.nbytes()
-
-
-def _is_torchscript(path: str) -> bool:
-    if not (os.path.isfile(path) and zipfile.is_zipfile(path)):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _leaves(root: Any) -> Iterator[tuple[Path, Any]]:
@@ -194,6 +195,8 @@ def _text(path: str, size: int | None, contents: Contents) -> str:
         if isinstance(leaf, Tensor):
             tied_to = tied.get(leaf.path)
             tie = f"shares {_printable(tied_to.name)}" if tied_to else ""
+            of = _of_storage(leaf, contents)
+            tie = ", ".join(filter(None, (tie, of and f"of a storage of {of}")))
             nbytes = rich.filesize.decimal(leaf.nbytes)
             cells: tuple[str, ...] = leaf.dtype, str(list(leaf.shape)), nbytes, tie
         else:
@@ -214,6 +217,14 @@ def _text(path: str, size: int | None, contents: Contents) -> str:
     return "\n".join([*text, "", _summary(size, contents)])
 
 
+def _of_storage(tensor: Tensor, contents: Contents) -> str:
+    """The size of a tensor's storage, if the tensors use a small part of it: the file is larger than they are."""
+    if tensor.storage < 0:
+        return ""
+    size, used = contents.storages[tensor.storage], contents.used[tensor.storage]
+    return rich.filesize.decimal(size) if size >= _LARGE and 2 * used <= size else ""
+
+
 def _summary(size: int | None, contents: Contents) -> str:
     total = rich.filesize.decimal(sum(contents.storages))
     of_file = "" if size is None else f" of a file of {rich.filesize.decimal(size)}"
@@ -221,7 +232,10 @@ def _summary(size: int | None, contents: Contents) -> str:
     tensors = f"{len(contents.tensors):,} tensor{'s'[: len(contents.tensors) != 1]}"
     storages = f"{len(contents.storages):,} storage{'s'[: len(contents.storages) != 1]}"
     shared = f", {ties:,} of them shared" if ties else ""
-    return f"{tensors} in {storages}{shared}: {total}{of_file}"
+    used = sum(map(min, contents.used, contents.storages))
+    is_small = 2 * used <= sum(contents.storages) >= _LARGE
+    of_use = f", tensors use {rich.filesize.decimal(used)}" if is_small else ""
+    return f"{tensors} in {storages}{shared}: {total}{of_file}{of_use}"
 
 
 def _levels(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""``python -m torch_ext verify FILE...``: whether files of weights hold what was written.
+"""``python -m torch_ext verify FILE...``: whether files of weights, or folders of them, hold what was written.
 
 Of a zip file of ``torch.save``, the CRC32 of every record, which torch writes and never looks at, by all cores. Other
 formats have no checksums: of these, and of a file that was saved without, only the index is checked, and the line
@@ -27,6 +27,7 @@ from rich.progress import (
 )
 
 from torch_ext._tools.crc import combine
+from torch_ext._tools.folder import files_of, is_dcp, verify_dcp
 from torch_ext._tools.records import Problem, read_records, Record
 
 
@@ -52,17 +53,29 @@ def main(paths: Sequence[str]) -> int:
         disable=not console.is_terminal,
     ) as bar:
         for path in paths:
-            task = bar.add_task(Path(path).name, total=None)
             try:
-                problems, summary = verify(path, partial(_show, bar, task))
+                files = files_of(path)
             except OSError as e:
-                problems, summary = [], f"cannot be read: {e.strerror}"
+                print(f"{path}: cannot be read: {e.strerror or e}")
                 status = 1
-            bar.remove_task(task)
-            for line in (*problems, summary):
-                print(f"{path}: {line}")
-            status |= bool(problems)
+                continue
+            for file in files:
+                status |= _report(file, bar)
     return status
+
+
+def _report(path: str, bar: Progress) -> int:
+    task = bar.add_task(Path(path).name, total=None)
+    status = 0
+    try:
+        problems, summary = verify(path, partial(_show, bar, task))
+    except OSError as e:
+        problems, summary = [], f"cannot be read: {e.strerror or e}"
+        status = 1
+    bar.remove_task(task)
+    for line in (*problems, summary):
+        print(f"{path}: {line}")
+    return status | bool(problems)
 
 
 def _show(bar: Progress, task: TaskID, advance: int, total: int) -> None:
@@ -72,13 +85,15 @@ def _show(bar: Progress, task: TaskID, advance: int, total: int) -> None:
 def verify(
     path: str, advance: Callable[[int, int], object] = lambda *_: None
 ) -> tuple[list[Problem], str]:
-    """The problems of the file ``path``, and what was looked at, in one line.
+    """The problems of ``path``, and what was looked at, in one line.
 
     Args:
-        path: of a file
+        path: of a file, or of the folder of a DCP checkpoint
         advance: called from several threads with numbers of bytes: that have been looked at since it was called
             before, and that there are
     """
+    if is_dcp(path):
+        return verify_dcp(path, advance)
     with open(path, "rb", buffering=0) as file:
         if file.read(2) != b"PK":
             return _verify_index(path)
@@ -141,7 +156,8 @@ def _verify_data(
     problems: list[Problem] = []
     work = list(_work(records))
     crc = 0
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
         for parts, found in zip(work, threads.map(check, work), strict=True):
             for (record, start, size), part in zip(parts, found, strict=True):
                 if isinstance(part, Problem):
@@ -151,6 +167,8 @@ def _verify_data(
                 if start + size == _size(record) and crc != record.info.CRC:
                     what = f"its data have the checksum {crc:08x}, and should have {record.info.CRC:08x}"
                     problems.append(record.problem(what))
+    finally:
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C, the rest is not read
     return problems
 
 
