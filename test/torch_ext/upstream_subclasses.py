@@ -233,6 +233,7 @@ SEAMS = {
 WITHOUT_TENSORS = {
     "DeviceContext.__enter__ in torch/utils/_device.py",  # of torch.set_default_device
     "dcp_to_torch_save in torch/distributed/checkpoint/format_utils.py",  # paths
+    "Optimizer._process_value_according_to_param_policy in torch/optim/optimizer.py",  # asks for DTensors' class alone
 }
 WATCHERS: dict[str, Callable[[], Any]] = {
     "nothing": nullcontext,
