@@ -3,6 +3,7 @@
 Ties are not looked at, nor are objects of classes without an ``==``, of which the class alone is compared.
 """
 
+import importlib
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -93,9 +94,12 @@ def _saved(value: Any) -> bytes:
 def _blocks(
     a: torch.Tensor, b: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    from torch.distributed.checkpoint import torch_save_reader  # type: ignore[attr-defined]
+    # NB: by name, since the module is of a patch.
+    reader: Any = importlib.import_module(
+        "torch.distributed.checkpoint.torch_save_reader"
+    )
 
-    blocks: Iterator[tuple[torch.Tensor, torch.Tensor]] = torch_save_reader._blocks(
+    blocks: Iterator[tuple[torch.Tensor, torch.Tensor]] = reader._blocks(
         b.detach(), a.detach()
     )
     return blocks
