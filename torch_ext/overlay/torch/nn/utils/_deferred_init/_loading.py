@@ -3,9 +3,10 @@
 Law: once materialized, the module is as if it had been constructed eagerly and then loaded.
 
 A load that copies or assigns is recorded, as any other op is. ``reuse_tensors=True`` exchanges tensors instead, and its
-plan has to see which are on meta, so no context answers meanwhile. What it cannot exchange is materialized before: a
-tensor whose memory others see, all below a module whose load runs code from elsewhere (a hook, an override), and a
-state dict's own deferred tensors. If the load raises, they are deferred again.
+plan has to see which are on meta, so no context answers meanwhile. What it cannot exchange is materialized before:
+tensors that see memory that others see, too, where a key loads one of them; all below a module whose load runs code
+from elsewhere (a hook, an override); and a state dict's own deferred tensors. If the load raises, they are deferred
+again.
 
 What this does not do: a hook that draws random numbers in a load outside of ``deferred_init`` draws from the generator
 as it is then. With ``reuse_tensors=True`` a hook does not see the values of deferred tensors of other modules.
@@ -80,9 +81,7 @@ def _materialized(module: Module, state_dict: Mapping[str, Any]) -> Iterator[Non
     odd = [m for m in module.modules() if not runs_torchs_own(m)]
     below = {b for m in odd for b in m.modules()}
     tensors.update((id(t), t) for m in below for t in tensors_of(m))
-    for t in _tensors(module):
-        if t.is_meta and not is_sharded(t) and _is_seen(t):
-            tensors[id(t)] = t
+    tensors.update((id(t), t) for t in _seen_and_loaded(module, state_dict))
     found = [t for t in tensors.values() if is_deferred(t)]
     slots, undo = materialize(found, (None, None))
     recorder = _context.innermost()
@@ -95,6 +94,25 @@ def _materialized(module: Module, state_dict: Mapping[str, Any]) -> Iterator[Non
         undo()
         raise
     finish(slots)
+
+
+def _seen_and_loaded(module: Module, state_dict: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors on meta that see memory that others see, too, where a key of the state dict loads one of them."""
+    on_meta = (t for t in _tensors(module) if t.is_meta and not is_sharded(t))
+    seen = [t for t in on_meta if _is_seen(t)]
+    if not seen:
+        return []
+    loaded = {_storage(t) for name, t in _named(module) if name in state_dict}
+    return [t for t in seen if _storage(t) in loaded]
+
+
+def _named(module: Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else 0
 
 
 def _is_seen(tensor: Tensor) -> bool:
