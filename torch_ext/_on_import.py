@@ -52,6 +52,8 @@ _watch = _Watch()
 
 def on_import(wanted: dict[str, Callable[[], None]]) -> None:
     """From now on call what is ``wanted`` for a module, by name, once it has been imported; forget what was before."""
-    if _watch not in sys.meta_path:
-        sys.meta_path.insert(0, _watch)
     _watch.wanted = dict(wanted)
+    if wanted and _watch not in sys.meta_path:
+        sys.meta_path.insert(0, _watch)
+    elif not wanted and _watch in sys.meta_path:
+        sys.meta_path.remove(_watch)

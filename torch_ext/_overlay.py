@@ -64,23 +64,26 @@ _finder = _Finder()
 @contextmanager
 def overlay_of(patches: Iterable[Patch]) -> Iterator[None]:
     """From now on find the new files of exactly ``patches``; back to before if the block raises."""
-    _install()
     before = _finder.patches
-    _finder.patches = {patch.name: new_files(patch) for patch in patches}
+    _find({patch.name: new_files(patch) for patch in patches})
     try:
         yield
     except BaseException:
-        _finder.patches = before
+        _find(before)
         raise
 
 
 def find_also(patches: Iterable[Patch]) -> None:
     """From now on find the new files of ``patches``, too, whether they are on or not."""
-    _install()
     _finder.others.update({patch.name: new_files(patch) for patch in patches})
+    _find(_finder.patches)
 
 
-def _install() -> None:
+def _find(patches: dict[str, dict[str, Path]]) -> None:
+    _finder.patches = patches
+    finds = bool(patches or _finder.others)
     # NB: behind the other finders, so that a file which torch has by now wins.
-    if _finder not in sys.meta_path:
+    if finds and _finder not in sys.meta_path:
         sys.meta_path.append(_finder)
+    elif not finds and _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)

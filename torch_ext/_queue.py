@@ -138,8 +138,8 @@ def _apply() -> None:
 def _end_what_runs(off: Iterable[Patch]) -> None:
     """End what new files of patches that are off have running, such as a thread: they say how by ``_at_disable()``."""
     files = [file for patch in off for file in patch.files]
-    names = tuple(file.removesuffix(".py").replace("/", ".") for file in files)
-    for name in [name for name in sys.modules if name.startswith(names)]:
+    names = tuple(file.removesuffix(".py").replace("/", ".") + "." for file in files)
+    for name in [name for name in sys.modules if f"{name}.".startswith(names)]:
         end = getattr(sys.modules[name], "_at_disable", None)
         if end is not None:
             end()

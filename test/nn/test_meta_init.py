@@ -247,6 +247,52 @@ class TestScope(TestCase):
         self.assertFalse(made[0].is_meta)
         self.assertIs(threading.Thread.start, start)
 
+    def test_who_replaces_the_start_of_threads_keeps_it(self):
+        """Before a context, or inside of one; each is called once a thread, whatever contexts follow."""
+        stock, calls, made = threading.Thread.start, [], []
+        self.addCleanup(setattr, threading.Thread, "start", stock)
+
+        def replace(name):
+            start = threading.Thread.start
+
+            def replaced(thread):
+                calls.append(name)
+                start(thread)
+
+            threading.Thread.start = replaced
+            return replaced
+
+        def run():
+            made.clear()
+            calls.clear()
+            thread = threading.Thread(target=lambda: made.append(torch.Tensor(2)))
+            thread.start()
+            thread.join()
+            return made[0].device.type, calls
+
+        outer = replace("outer")
+        with nn.utils.meta_init():
+            self.assertEqual(run(), ("meta", ["outer"]))
+        self.assertIs(threading.Thread.start, outer)
+        with nn.utils.meta_init():
+            inner = replace("inner")
+            self.assertEqual(run(), ("meta", ["inner", "outer"]))
+        self.assertIs(threading.Thread.start, inner)
+        self.assertEqual(run(), ("cpu", ["inner", "outer"]))
+        with nn.utils.meta_init():
+            self.assertEqual(run(), ("meta", ["inner", "outer"]))
+        self.assertIs(threading.Thread.start, inner)
+
+    def test_a_thread_keeps_a_run_of_its_own(self):
+        made = []
+        with nn.utils.meta_init():
+            thread = threading.Thread()
+            own = thread.run = lambda: made.append(torch.Tensor(2))
+            thread.start()
+            thread.join()
+        self.assertTrue(made[0].is_meta)
+        self.assertIs(thread.run, own)
+
     def test_it_looks_like_meta(self):
         with nn.utils.meta_init():
             self.assertEqual(torch.get_default_device().type, "meta")

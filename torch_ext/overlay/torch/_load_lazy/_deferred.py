@@ -38,6 +38,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 
 __all__ = ["DeferredStorage", "DeferredTensor", "place_of", "read"]
@@ -56,6 +57,7 @@ class DeferredStorage(Storage):
     def __init__(
         self, source: Source, extent: Extent, *, device: torch.device, swap: int = 1
     ) -> None:
+        _watch_modules()
         super().__init__(FileBytes(source, extent, swap), device)
 
     def tensor(
@@ -90,8 +92,19 @@ def _read_registered(module: Any, name: str, tensor: Any) -> None:
     read(tensor, whole=True)
 
 
-register_module_buffer_registration_hook(_read_registered)
-register_module_parameter_registration_hook(_read_registered)
+def _watch_modules() -> None:
+    """Modules read what is registered with them, from the first deferred tensor until the patch is switched off."""
+    if not _hooks:
+        _hooks.append(register_module_buffer_registration_hook(_read_registered))
+        _hooks.append(register_module_parameter_registration_hook(_read_registered))
+
+
+def _at_disable() -> None:
+    while _hooks:
+        _hooks.pop().remove()
+
+
+_hooks: list[RemovableHandle] = []
 
 
 # Other processes
@@ -122,6 +135,7 @@ def _rebuild(
     requires_grad: bool,
     is_param: bool,
 ) -> torch.Tensor:
+    _watch_modules()
     tensor = deferred(storage, dtype, offset, size, stride, requires_grad)
     tensor._is_param = is_param
     return tensor

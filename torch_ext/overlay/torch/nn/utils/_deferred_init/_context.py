@@ -19,7 +19,7 @@ from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.nn.modules import _to_empty
 from torch.nn.modules import module as _module
 from torch.nn.parameter import is_lazy
-from torch.nn.utils._deferred_init import _materialize
+from torch.nn.utils._deferred_init import _materialize, _threads
 from torch.nn.utils._deferred_init._calls import (
     as_it_is,
     DEVICE_CONSTRUCTORS,
@@ -261,7 +261,7 @@ class Recorder:
         """The whole context, from its beginning to its end."""
         self.open()
         try:
-            with _threads_inherit(), self.entered():
+            with _threads.inherit(current), self.entered():
                 yield
         finally:
             self.close()
@@ -530,43 +530,6 @@ def _default_device() -> torch.device:
         ):
             return mode.device
     return CPU
-
-
-# -- threads
-
-_inside = 0  # contexts that are open in this process
-_lock = threading.Lock()
-_start = threading.Thread.start
-
-
-@contextmanager
-def _threads_inherit() -> Iterator[None]:
-    """Threads that are started by a thread inside are inside."""
-    global _inside
-    with _lock:
-        _inside += 1
-        threading.Thread.start = _start_inside  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if not _inside and threading.Thread.start is _start_inside:
-                threading.Thread.start = _start  # type: ignore[method-assign]
-
-
-def _start_inside(thread: threading.Thread) -> None:
-    recorder = current()
-    if recorder is not None:
-        run = thread.run
-
-        def run_inside() -> None:
-            del thread.run
-            with recorder.entered():
-                run()
-
-        thread.run = run_inside  # type: ignore[method-assign]
-    _start(thread)
 
 
 _NOBODY = Recorder(Tape(random=False))  # handles calls that no context is to see
