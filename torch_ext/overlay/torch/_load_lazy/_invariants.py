@@ -1,8 +1,8 @@
 """Checks the indices of sparse tensors and the metadata of nested ones that torch's own unpickler has made.
 
 Their first use trusts them, and reads and writes where they say. Law: after ``check`` no sparse or nested tensor in a
-result leads outside of its memory; each that torch's own invariants allow passes. Work is linear in the objects of the
-result and in the indices.
+result leads outside of its memory; each that torch's own invariants allow passes, and compressed ones whose indices are
+unsorted or repeated, which stock loads, too. Work is linear in the objects of the result and in the indices.
 
 Not here: plain and quantized tensors, which torch checks when it makes them. What an object holds other than in its
 ``__dict__`` is not found, and what a class does with a tensor while it is unpickled is done unchecked.
@@ -20,6 +20,7 @@ from torch.serialization import _serialization_tls
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
+_BLOCKED = (torch.sparse_bsr, torch.sparse_bsc)
 _PLAIN = {type(None), bool, int, float, complex, str, bytes}
 _LEAVES = (*_PLAIN, type, types.ModuleType, types.FunctionType)
 _MAX_PATH = 200  # characters
@@ -140,19 +141,40 @@ def _check(tensor: torch.Tensor) -> None:
             check_pinning=False,
         )
     elif tensor.layout in _COMPRESSED:
-        by_rows = tensor.layout in _BY_ROWS
-        torch._validate_sparse_compressed_tensor_args(
-            tensor.crow_indices() if by_rows else tensor.ccol_indices(),
-            tensor.col_indices() if by_rows else tensor.row_indices(),
-            tensor.values(),
-            tensor.size(),
-            tensor.layout,
-            check_pinning=False,
-        )
+        _check_compressed(tensor)
     elif tensor.layout is torch.jagged:
         _check_jagged(tensor)
     elif tensor.is_nested:
         _check_nested(tensor)
+
+
+def _check_compressed(tensor: torch.Tensor) -> None:
+    by_rows = tensor.layout in _BY_ROWS
+    lines = tensor.crow_indices() if by_rows else tensor.ccol_indices()
+    places = tensor.col_indices() if by_rows else tensor.row_indices()
+    values, size = tensor.values(), tensor.size()
+    if lines.dim() and lines.size(-1) and places.dim():
+        # NB: before torch's own check, which reads what they lead to.
+        first, last = lines[..., 0], lines[..., -1]
+        are_ranges = (first == 0).all() & (last == places.size(-1)).all()
+        if not are_ranges & (lines[..., :-1] <= lines[..., 1:]).all():
+            raise _Invalid(
+                "one with compressed indices that are no ranges of the plain ones"
+            )
+    try:
+        torch._validate_sparse_compressed_tensor_args(
+            lines, places, values, size, tensor.layout, check_pinning=False
+        )
+    except RuntimeError as error:
+        if "is not satisfied" not in str(error):  # but by a shape or dtype
+            raise
+        # Other libraries write indices in any order, and more than once; they lead nowhere else.
+        batch = lines.dim() - 1
+        bound = size[batch + by_rows]
+        if tensor.layout in _BLOCKED:
+            bound //= values.size(batch + 1 + by_rows)
+        if not ((places >= 0) & (places < bound)).all():
+            raise
 
 
 def _check_jagged(tensor: Any) -> None:
