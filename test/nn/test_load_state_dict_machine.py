@@ -129,6 +129,18 @@ class TestMachine(TestCase):
         machine.load_reusing(into=module, source=state_dict)
         machine.agree()
 
+    def test_what_is_assigned_is_there_at_once(self):
+        """The machine once found a known bias, and all of its module, on meta after ``assign=True``."""
+        machine = AllWays()
+        module = machine.choose(recipe=Recipe(("attention",)))
+        state_dict = machine.state_dict(of=module)
+        module = machine.construct(device="meta", seed=1)
+        machine.load_assigning(into=module, source=state_dict)
+        machine.agree()
+        for name, tensor in named_tensors(module.module):
+            value = state_dict.state_dict[name]
+            self.assertEqual(tensor.data_ptr(), value.data_ptr(), msg=name)
+
 
 class TestLaw(TestCase):
     @given(st.data(), recipes(devices=["cpu"]), st.booleans())

@@ -48,6 +48,7 @@ def around_load(
         recorder.ops.follows_blocks = recorder.tape.is_load = True
         with recorder.recording():
             yield
+        _materialize_assigned(module)
     else:
         yield
 
@@ -72,6 +73,15 @@ def _has_record(tensor: Tensor) -> bool:
         return False
     mark = mark_of(tensor)
     return not (mark is None or isinstance(mark, Unknown)) and mark.tape.is_remembered
+
+
+def _materialize_assigned(module: Module) -> None:
+    """What ``assign=True`` has put into the module is there at once, as in stock, in the memory of the state dict."""
+    with torch._C.DisableTorchFunction():
+        on_meta = [t for t in _tensors(module) if t.is_meta and not is_sharded(t)]
+        found = [t for t in on_meta if getattr(mark_of(t), "real", None) is not None]
+    if found:
+        finish(materialize(found, (None, None))[0])
 
 
 @contextmanager
