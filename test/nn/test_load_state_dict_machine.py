@@ -141,6 +141,15 @@ class TestMachine(TestCase):
             value = state_dict.state_dict[name]
             self.assertEqual(tensor.data_ptr(), value.data_ptr(), msg=name)
 
+    def test_what_is_assigned_is_there_if_another_key_is_missing(self):
+        with torch.device("meta"):
+            module = torch.nn.MultiheadAttention(2, 1)
+        state_dict = {"in_proj_bias": torch.ones(6)}
+        with self.assertRaisesRegex(RuntimeError, "Missing key"):
+            module.load_state_dict(state_dict, assign=True)
+        self.assertEqual(module.in_proj_bias, torch.nn.Parameter(torch.ones(6)))
+        self.assertTrue(module.in_proj_weight.is_meta)
+
 
 class TestLaw(TestCase):
     @given(st.data(), recipes(devices=["cpu"]), st.booleans())

@@ -2,8 +2,9 @@
 
 Law: once materialized, the module is as if it had been constructed eagerly and then loaded.
 
-A load that copies or assigns is recorded, as any other op is. ``reuse_tensors=True`` exchanges tensors instead, and its
-plan has to see which are on meta, so no context answers meanwhile. What it cannot exchange is materialized before:
+A load that copies or assigns is recorded, as any other op is; what ``assign=True`` has put into a module outside of the
+contexts is materialized at the end of the load. ``reuse_tensors=True`` exchanges tensors instead, and its plan has to
+see which are on meta, so no context answers meanwhile. What it cannot exchange is materialized before:
 tensors that see memory that others see, too, where a key loads one of them; all below a module whose load runs code
 from elsewhere (a hook, an override); and a state dict's own deferred tensors. If the load raises, they are deferred
 again.
@@ -46,9 +47,11 @@ def around_load(
     elif _context.current() is None and _is_recorded(module):
         recorder = _context.Recorder(Tape(random=True))
         recorder.ops.follows_blocks = recorder.tape.is_load = True
-        with recorder.recording():
-            yield
-        _materialize_assigned(module)
+        try:
+            with recorder.recording():
+                yield
+        finally:  # a load that raises for its keys has assigned the others
+            _materialize_assigned(module)
     else:
         yield
 
